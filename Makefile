@@ -1,0 +1,32 @@
+# labelmill: `make demo` and `make test` need Python 3.11, git, make and a package index; nothing else.
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.PHONY: help env demo test lint types fashion-mnist experiments clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+env:  ## the environment in .venv (TORCH=cpu|cuda, TORCH_INDEX=URL)
+	@ci/env.sh
+
+demo: env  ## a million classes on this machine: train, evaluate, register, predict
+	@ci/demo.sh
+
+test: env  ## lint, types, import contract, unit, distributed and system tests
+	@ci/test.sh
+
+lint: env  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: env  ## mypy
+	@$(BIN)/mypy
+
+fashion-mnist: env  ## Fashion-MNIST from Debian's package (no root) into data/fashion-mnist
+	@ci/fashion_mnist.sh
+
+experiments: env fashion-mnist  ## the recorded experiments (long)
+	@ci/experiments.sh
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

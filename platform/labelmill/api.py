@@ -1,0 +1,71 @@
+"""The verbs of the command line as Python functions.
+
+    from labelmill import api
+
+    report = api.run("workloads/discrimination/jobs/spelling-small.yaml", overrides=["train.steps=50"])
+    print(report.metrics)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labelmill.job import Job, TrackingConfig, resolved
+from labelmill.workload import card, find_workload, load_job, workload_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from labelmill.tracking.report import Report
+
+__all__ = ["card", "check", "predict", "promote", "resolved", "run", "schema", "workload_names"]
+
+
+def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """The validated job. Raises JobError that names every wrong field."""
+    return load_job(job_file, list(overrides))[1]
+
+
+def run(
+    job_file: str | Path,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Runs a job file to its report; stages that finished before are kept unless `fresh`.
+
+    Raises UserError kinds for what the caller can mend.
+    """
+    from labelmill.cluster import set_environment
+
+    set_environment()
+    method, job = load_job(job_file, list(overrides))
+    from labelmill.run import execute
+
+    return execute(job, method.run, fresh=fresh, console=console)
+
+
+def schema(workload: str) -> dict[str, Any]:
+    """JSON schema of a workload's job file."""
+    return find_workload(workload).job_type.model_json_schema()
+
+
+def predict(
+    model: str, inputs: Any, k: int = 5, output: str | Path = "runs", tracking: TrackingConfig | None = None
+) -> pd.DataFrame:
+    """Ranked classes from a registered model: `NAME`, `NAME@alias` or `NAME/version`."""
+    from labelmill.tracking import registry
+
+    return registry.predict(tracking or TrackingConfig(), Path(output), model, inputs, k)
+
+
+def promote(
+    name: str, version: str = "candidate", output: str | Path = "runs", tracking: TrackingConfig | None = None
+) -> str:
+    """Moves alias `champion` to a version (number or alias); the former champion stays under `previous`."""
+    from labelmill.tracking import registry
+
+    return registry.promote(tracking or TrackingConfig(), Path(output), name, version)

@@ -1,0 +1,102 @@
+"""Connecting to Ray: a cluster that exists, or a local one of our own; and what is free on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from labelmill.errors import ClusterError
+from labelmill.job import ClusterConfig
+
+# Read when ray is imported; inherited by every Ray process.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # the controller's poll, which ends every fit
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer to start
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def set_environment() -> None:
+    """Sets what Ray reads at import, without overriding what the user has set."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def connect(cluster: ClusterConfig, log_to_driver: bool = False) -> Iterator[None]:
+    """A Ray session for a run: joins the one already open in this process, else starts or joins a cluster.
+
+    Raises ClusterError when the cluster doesn't answer or has too little free for the job's workers.
+    """
+    set_environment()
+    import ray
+
+    opened = not ray.is_initialized()
+    if opened:
+        start(cluster, log_to_driver)
+    try:
+        check_resources(cluster)
+        yield
+    finally:
+        if opened:
+            ray.shutdown()
+
+
+def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
+    """`ray.init` for a job; without an address always a cluster of our own, never one that happens to run here."""
+    set_environment()
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ClusterError(
+                f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, or leave "
+                "it out to run on this machine."
+            ) from error
+        return
+    # an own cluster must not grow beyond what a laptop spares: 30 % of memory is Ray's default, 2 GiB ours
+    store = (cluster.object_store_mb or 1024) << 20
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=log_to_driver,
+        logging_level=logging.ERROR,
+        object_store_memory=store,
+    )
+
+
+def check_resources(cluster: ClusterConfig) -> None:
+    """Raises ClusterError when the workers and one read task don't fit in what is free now; they would wait forever."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    for kind, per_worker, extra, field in (
+        ("CPU", cluster.cpus_per_worker, cluster.read_cpus, "cluster.cpus_per_worker"),
+        ("GPU", cluster.gpus_per_worker, 0.0, "cluster.gpus_per_worker"),
+    ):
+        if not per_worker:
+            continue
+        need = cluster.workers * per_worker + extra
+        have = free.get(kind, 0.0)
+        if need > have + 1e-6:
+            fits = max(0, int((have - extra) / per_worker + 1e-6))
+            reading = f" + {extra:g} for reading" if extra else ""
+            raise ClusterError(
+                f"cluster.workers: {cluster.workers} workers x {per_worker:g} {kind}{reading} = {need:g} {kind}, but "
+                f"{have:g} of {total.get(kind, 0.0):g} are free. {fits} worker(s) fit; use fewer, a smaller {field}, "
+                "or a larger cluster."
+            )

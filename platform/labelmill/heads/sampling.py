@@ -1,0 +1,68 @@
+"""Which rank owns which classes, their first rows, and which classes a step draws.
+
+All three depend on the job alone, never on the number of ranks, so that a run gives the same result on any
+cluster: rows are made block by block from (seed, block), classes drawn from (seed, step), and ranks own
+contiguous runs of whole blocks.
+
+Shape legend: C classes, S sampled classes, D embedding size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROWS, _CLASSES = 1, 2  # what a random stream is for: keeps streams of equal (seed, index) apart
+MIN_BLOCKS = 64
+
+
+def block_size(num_classes: int, block_rows: int) -> int:
+    """Classes in a block: `block_rows`, fewer where that would leave fewer than 64 blocks to deal out."""
+    return max(1, min(block_rows, num_classes // MIN_BLOCKS))
+
+
+def class_range(num_classes: int, block_rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The classes [start, stop) that `rank` of `world` owns: a run of whole blocks; may be empty."""
+    size = block_size(num_classes, block_rows)
+    blocks = -(-num_classes // size)
+    first, last = rank * blocks // world, (rank + 1) * blocks // world
+    return min(first * size, num_classes), min(last * size, num_classes)
+
+
+def initial_rows(
+    num_classes: int,
+    dim: int,
+    block_rows: int,
+    start: int,
+    stop: int,
+    seed: int,
+    std: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of the classes [start, stop), whole blocks, (stop - start, D): normal, standard deviation `std`.
+
+    The numbers are float32 whatever the `dtype`, so a double-precision head starts where a single-precision
+    one does.
+    """
+    rows = torch.empty(stop - start, dim, dtype=dtype)
+    size = block_size(num_classes, block_rows)
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        block = _random(seed, _ROWS, first // size).standard_normal((last - first, dim), dtype=np.float32)
+        rows[first - start : last - start] = torch.from_numpy(block)
+    return rows.mul_(std)
+
+
+def sampled_classes(num_classes: int, rate: float, seed: int, step: int) -> Tensor:
+    """The classes drawn for optimizer step `step`: S = round(rate * C) (at least 1) ids, sorted, int64.
+
+    Uniform without replacement, exactly S of them.
+    """
+    count = max(1, round(rate * num_classes))
+    drawn = _random(seed, _CLASSES, step).choice(num_classes, count, replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(drawn))
+
+
+def _random(seed: int, purpose: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, purpose, index))))

@@ -1,0 +1,225 @@
+"""The typed job: what a YAML file means, its errors, its JSON schema.
+
+A job is data, never code. A workload declares a pydantic model that extends `Job`; the sections shared by
+every workload (cluster, tracking, registration) are here, those of a component (encoder, head, training)
+live beside the component.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from labelmill.errors import JobError, did_you_mean
+
+
+class StrictModel(BaseModel):
+    """A frozen config section: unknown keys are refused, defaults are validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+# --- sections every workload shares ---------------------------------------------------------------------
+
+_ENV = re.compile(r"^\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}$")
+
+
+def _secret_from_env(value: Any) -> Any:
+    """`${env:NAME}` -> the variable's value; a missing variable is an error that names it."""
+    if isinstance(value, str) and (match := _ENV.match(value)):
+        name = match.group(1)
+        if name not in os.environ:
+            raise ValueError(f"environment variable {name} is not set")
+        return os.environ[name]
+    return value
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_secret_from_env)]
+"""A secret: written as `${env:NAME}` in the job file, shown as stars wherever the job is printed or stored."""
+
+
+class ClusterConfig(StrictModel):
+    """Where the run executes and what each worker gets."""
+
+    address: str | None = Field(None, description="Ray address (`auto`, `ray-head:6379`); empty starts a local cluster")
+    workers: int = Field(1, ge=1, description="training workers; each holds a shard of every sharded head")
+    cpus_per_worker: float = Field(0.75, gt=0, description="CPUs reserved by a worker (a share is fine on one host)")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs reserved by a worker; above 0 the run uses CUDA and NCCL")
+    read_cpus: float = Field(0.25, gt=0, description="CPUs reserved by one read task of the stream")
+    max_failures: int = Field(0, ge=0, description="times the worker group is restarted from the last checkpoint")
+    object_store_mb: int | None = Field(None, ge=100, description="object store of a cluster that we start, MiB")
+
+    @field_validator("address")
+    @classmethod
+    def _no_client_mode(cls, value: str | None) -> str | None:
+        if value and value.startswith("ray://"):
+            raise ValueError("Ray client addresses (ray://) can't host a training run; use the cluster's own address")
+        return value
+
+
+class TrackingConfig(StrictModel):
+    """The MLflow run and registry. Empty `uri`: `$MLFLOW_TRACKING_URI`, else a local store in the output folder."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI: http(s)://..., sqlite:///...")
+    experiment: str = Field("labelmill", min_length=1)
+    username: Secret | None = None
+    password: Secret | None = None
+    token: Secret | None = None
+    system_metrics: bool = Field(True, description="log CPU, memory, disk and network of the host")
+    interval_s: float = Field(5.0, gt=0, description="seconds between two logs of training metrics")
+    timeout_s: float = Field(10.0, gt=0, description="seconds a tracking server may take to answer the first call")
+
+
+class Job(StrictModel):
+    """What every run needs; a workload's own job type adds its sections."""
+
+    workload: str = Field(description="the method, as `labelmill workloads` lists it")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder and MLflow run")
+    seed: int = Field(0, ge=0, lt=2**31, description="fixes sample order, sampled classes and initial weights")
+    output: Path = Field(Path("runs"), description="folder of run folders and of the local tracking store")
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    register_as: str | None = Field(None, description="name in the model registry; empty registers nothing")
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+# --- reading and checking -------------------------------------------------------------------------------
+
+
+def read_job_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The job file's mapping with `--set` overrides applied, not yet validated.
+
+    Raises JobError for a missing file, broken YAML, or an override that isn't `path=value`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise JobError(f"{path}: no such job file. Give a YAML file such as workloads/*/jobs/*.yaml.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise JobError(f"{path}: a job is a mapping of fields, but the file holds a {type(raw).__name__}.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise JobError(f"--set {override!r}: write it as path=value, for example --set train.learning_rate=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+            continue
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise JobError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
+    if isinstance(node, list):
+        node[_index(node, parts[-1], override)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise JobError(f"--set {override!r}: {part!r} is not an index of a list of {len(items)}.")
+    return int(part)
+
+
+def validate_job(raw: Mapping[str, Any], job_type: type[JobT], source: str = "job") -> JobT:
+    """Raw mapping -> typed job. Raises JobError that lists every wrong field with what to write instead."""
+    try:
+        job = job_type.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(job_type, item) for item in error.errors(include_url=False)]
+        raise JobError(f"{source}: " + "\n".join(lines) if len(lines) == 1 else f"{source}:\n  " + "\n  ".join(lines)) from None
+    if leaked := _first_reference(job.model_dump()):
+        raise JobError(
+            f"{source}: {leaked}: ${{env:...}} is for secrets only (tracking.username, tracking.password, "
+            "tracking.token). Write the value, or give it with --set."
+        )
+    return job
+
+
+def resolved(job: Job) -> dict[str, Any]:
+    """The job with every default filled in and secrets masked: JSON-ready, stored with the run."""
+    return json.loads(job.model_dump_json())
+
+
+def _first_reference(node: Any, path: str = "") -> str | None:
+    if isinstance(node, str):
+        return path if "${env:" in node else None
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, value in items:
+        if found := _first_reference(value, f"{path}.{key}" if path else str(key)):
+            return found
+    return None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every pydantic model named by an annotation, through unions, containers and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+
+
+def _is_tag(models: list[type[BaseModel]], part: Any) -> bool:
+    """Whether a location part is the tag of a discriminated union rather than a field."""
+    return any(part in get_args(model.model_fields["kind"].annotation) for model in models if "kind" in model.model_fields)
+
+
+def _explain(root: type[BaseModel], item: Any) -> str:
+    """One pydantic error as `path: what is wrong, what to write`."""
+    models: list[type[BaseModel]] = [root]
+    shown: list[str] = []
+    for part in item["loc"][:-1] if item["type"] == "extra_forbidden" else item["loc"]:
+        known = [model.model_fields[part] for model in models if part in model.model_fields]
+        if known:
+            shown.append(str(part))
+            models = [model for field in known for model in _models_in(field.annotation)]
+        elif _is_tag(models, part):
+            models = [m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)]
+        else:
+            shown.append(str(part))
+    path = ".".join(shown)
+    if item["type"] == "extra_forbidden":
+        name = str(item["loc"][-1])
+        fields = {field for model in models for field in model.model_fields}
+        return f"{'.'.join([*shown, name])}: unknown field.{did_you_mean(name, fields)}"
+    if item["type"] == "missing":
+        return f"{path}: this field is required."
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        tags = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"{path}.kind: {context['tag']!r} is unknown.{did_you_mean(context['tag'], tags)}"
+    if item["type"] == "union_tag_not_found":
+        return f"{path}.kind: this field is required; it names the variant."
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item.get("input"), dict | BaseModel) else f" (got {_short(item.get('input'))})"
+    return f"{path or 'job'}: {message}{given}"
+
+
+def _short(value: Any) -> str:
+    text = "secret" if isinstance(value, SecretStr) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,123 @@
+"""The training loop, in one visible piece."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from labelmill.data.stream import Batch
+from labelmill.training.checkpoint import Position
+from labelmill.training.config import TrainConfig
+from labelmill.training.engine import Engine
+from labelmill.training.events import Sink
+
+PARTS = ("wait for data", "forward", "backward", "update")
+"""What a step's seconds are spent on; the sharded head's logits and gradients are part of `forward`."""
+
+
+class NotFiniteError(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+def train(
+    engine: Engine,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    start: Position,
+    total_steps: int,
+    sink: Sink | None,
+    checkpoint: Callable[[Position], None],
+) -> Position:
+    """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
+
+    Args:
+        engine: dense modules and heads.
+        batches: micro batches, beginning at the start's cursor.
+        config: the job's `train` section.
+        start: the first step and cursor.
+        total_steps: of the whole run; the schedule is laid over them.
+        sink: takes metrics; given to rank 0 only.
+        checkpoint: saves at a position; collective.
+    """
+    engine.objective.train()
+    position = start
+    seconds = dict.fromkeys(PARTS, 0.0)
+    clock, window_start, window_steps = time.perf_counter(), time.perf_counter(), 0
+
+    def spent(part: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[part] += now - clock
+        clock = now
+
+    for step in range(start.step, total_steps):
+        rate = config.rate(step, total_steps)
+        loss, parts, norm = 0.0, dict[str, float](), math.nan
+        for _ in range(config.accumulation):
+            batch = engine.to_device(next(batches))
+            spent("wait for data")
+            losses = engine.forward(batch)
+            loss += float(losses.total.detach()) / config.accumulation
+            for name, value in losses.parts.items():
+                parts[name] = parts.get(name, 0.0) + float(value.detach()) / config.accumulation
+            spent("forward")
+            if not math.isfinite(loss):
+                raise NotFiniteError(
+                    f"step {step + 1}: the loss is {loss}. Lower train.learning_rate, or set train.max_grad_norm."
+                )
+            engine.backward(losses)
+            spent("backward")
+            result = engine.step(rate)
+            norm = norm if result is None else result
+            spent("update")
+        position = Position(step + 1, start.cursor + (step + 1 - start.step) * config.global_batch, start.stream)
+        window_steps += 1
+
+        last = step + 1 == total_steps
+        if sink and ((step + 1) % config.log_every == 0 or last):
+            elapsed = time.perf_counter() - window_start
+            values = {"train/loss": loss, "train/learning_rate": rate} | {f"train/{k}": v for k, v in parts.items()}
+            if math.isfinite(norm):
+                values["train/grad_norm"] = norm
+            values["train/samples_per_second"] = window_steps * config.global_batch / elapsed
+            values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()}
+            sink.post(kind="metrics", step=step + 1, values=values)
+            sink.post(
+                kind="progress",
+                done=step + 1,
+                total=total_steps,
+                rate=values["train/samples_per_second"],
+                text=f"loss {loss:.3f}",
+            )
+            seconds = dict.fromkeys(PARTS, 0.0)
+            window_start, window_steps = time.perf_counter(), 0
+        if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+            checkpoint(position)
+            clock = time.perf_counter()
+    return position
+
+
+@torch.no_grad()
+def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: int, name: str) -> dict[str, list]:
+    """Runs the objective's `predict` over a stream; columns of this rank's samples, holes and padding left out."""
+    engine.objective.eval()
+    columns: dict[str, list] = {"key": [], "position": []}
+    done, began = 0, time.perf_counter()
+    for batch in batches:
+        batch = engine.to_device(batch)
+        outputs = engine.objective.predict(batch)
+        kept = batch.weight_B.cpu() > 0
+        columns["key"] += [key for key, keep in zip(batch.keys, kept.tolist(), strict=True) if keep]
+        columns["position"].append(batch.positions_B.cpu()[kept])
+        for column, value in outputs.items():
+            columns.setdefault(column, []).append(value.detach().float().cpu()[kept] if value.is_floating_point() else value.cpu()[kept])
+        for column, values in batch.columns.items():
+            columns.setdefault(column, []).extend(v for v, keep in zip(values, kept.tolist(), strict=True) if keep)
+        done += 1
+        if sink:
+            sink.post(kind="progress", done=done, total=total, rate=math.nan, text=f"predict {name}")
+    del began
+    return columns

@@ -1,0 +1,60 @@
+"""What one training step minimises: encoder, dense modules, sharded heads and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from labelmill.data.stream import Batch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from labelmill.heads.sharded import ShardedHead
+
+
+@dataclass
+class Losses:
+    """A step's loss.
+
+    Attributes:
+        total: scalar that is minimised. A sharded head's loss is already the mean over the global batch; a loss made
+            on the rank alone should be the rank's mean.
+        parts: further scalars to log.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """Base of a method's objective.
+
+    Dense modules are ordinary attributes and train inside the DeepSpeed engine. Sharded heads are named in `heads`;
+    they are no sub-modules (the engine would replicate and average them) and train beside the engine.
+    """
+
+    @property
+    def heads(self) -> Mapping[str, ShardedHead]:
+        """Sharded heads by name."""
+        return {}
+
+    def prepare(self, raw: Any, rng: np.ndarray | None) -> Any:
+        """CPU side of the encoder, in the reader thread: raw field values -> tensors; `rng` uint64 keys (B,) augment."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Called once on every rank before the first step of a fresh run, not after a resume."""
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Per-sample outputs by name, each (B, ...). Collective: every rank calls it equally often."""
+        raise NotImplementedError

@@ -23,8 +23,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import BaseModel
 from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
 
 from labelmill import __version__
 from labelmill.data.manifest import Manifest, load_manifest
@@ -33,7 +36,7 @@ from labelmill.errors import UserError
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.tracking.report import Report, Table
-from labelmill.tracking.run import Tracker
+from labelmill.tracking.run import Tracker, code_version
 from labelmill.training.config import TrainConfig
 
 log = logging.getLogger("labelmill")
@@ -77,6 +80,21 @@ class Fitted:
         # a step run twice (crash after a record, before its checkpoint) counts as it ran last
         return sorted({record["step"]: record for record in records}.values(), key=lambda record: record["step"])
 
+    def dense(self, prefix: str = "") -> dict[str, Tensor]:
+        """Exported fp32 weights of the dense modules whose name starts with `prefix`, which is cut off."""
+        state = load_file(self.folder / "export" / "dense.safetensors")
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def head_shards(self, head: str) -> list[dict[str, Any]]:
+        """Exported row files of a head by class range: {file, start, stop}, below `export/head-<name>`."""
+        index = json.loads((self.folder / "export" / "export.json").read_text(encoding="utf-8"))
+        return sorted(index["heads"][head], key=lambda entry: entry["start"])
+
+    def head_rows(self, head: str) -> Tensor:
+        """All exported rows of a head, float32 (C, D), in one process: for heads of a moderate number of classes."""
+        folder = self.folder / "export" / f"head-{head}"
+        return torch.cat([load_file(folder / entry["file"])["rows"].float() for entry in self.head_shards(head)])
+
     @property
     def bad_samples(self) -> dict[str, str]:
         """Key -> reason of samples that could not be decoded."""
@@ -90,7 +108,8 @@ class Run:
 
     def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView) -> None:
         self.job, self.folder, self.tracker, self.progress = job, folder, tracker, progress
-        self.report = Report(title=job.name, meta={"workload": job.workload, "seed": str(job.seed)})
+        meta = {"workload": job.workload, "seed": str(job.seed), **code_version()}
+        self.report = Report(title=job.name, meta=meta, root=folder / "report")
         self.stages: list[Stage] = []
         self._resources = contextlib.ExitStack()
         self._connected = False
@@ -118,7 +137,7 @@ class Run:
             write_json(marker, kept)
         done = Stage(name, key, folder, kept["values"], kept["seconds"])
         self.stages.append(done)
-        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, _now_ms())])
+        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, None)])
         return done
 
     # --- verbs -------------------------------------------------------------------------------------------
@@ -163,6 +182,35 @@ class Run:
         seconds = fit(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
         return Fitted(folder, seconds)
 
+    def embed(
+        self, folder: Path, data: Manifest, encoder: Any, weights: Mapping[str, Tensor], max_bad: int = 0
+    ) -> None:
+        """Embeds every sample with a frozen encoder, a Ray task a shard; read back with `load_embeddings`."""
+        from labelmill.training.passes import embed_shards
+
+        self.connect()
+        bad = embed_shards(data, folder, encoder, dict(weights), max_bad, self.progress.update)
+        for key, reason in bad:
+            log.warning("data set %s: sample %s can't be decoded: %s", data.name, key, reason)
+
+    def register(
+        self, name: str, fit: Stage, encoder: Any, head: Any, data: Manifest, predictor: str = "topk"
+    ) -> Stage:
+        """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`."""
+        return self.stage(
+            "register", _register, fit=fit, encoder=encoder, head=head, data=data, name=name, predictor=predictor
+        )
+
+    def track_data(self, **sets: Manifest) -> None:
+        """Records which data sets the run uses, by manifest hash."""
+        for context, data in sets.items():
+            self.tracker.dataset(data.digest, data.name, data.root, context)
+            path = self.folder / "data" / f"{context}-manifest.json"
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, data.model_dump(mode="json"))
+            self.tracker.artifact(path, "data")
+            self.report.meta[f"data_{context}"] = data.digest
+
     def _on_event(self, folder: Path, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "metrics":
@@ -196,6 +244,54 @@ class Run:
     def close(self) -> None:
         """Leaves the cluster."""
         self._resources.close()
+
+
+def _register(
+    run: Run, folder: Path, fit: Stage, encoder: Any, head: Any, data: Manifest, name: str, predictor: str
+) -> dict[str, Any]:
+    """Stage: the model package, the MLflow model, the registry entry."""
+    from labelmill.encoders import build_encoder
+    from labelmill.tracking import registry
+    from labelmill.tracking.model import write_model
+
+    fitted, package = Fitted(fit.folder), folder / "model"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir()
+    classes = None
+    if predictor != "embed":
+        assert data.label.num_classes is not None
+        for entry in fitted.head_shards("classes"):
+            # the rows are large and final: a second name for the same bytes
+            _link(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
+        bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
+        classes = data.load_classes() if bare is None else bare
+    kind = data.fields[encoder.field].kind
+    if kind == "bytes":
+        raise UserError(f"field {encoder.field!r} is bytes: a registered model takes text, images or arrays.")
+    write_model(
+        package,
+        encoder=build_encoder(encoder),
+        input_kind=kind,
+        predictor=predictor,
+        classes=classes,
+        state=fitted.dense("encoder."),
+        normalized=head.normalize,
+        scale=head.scale,
+        label_form=data.label.form,
+        manifest_digest=data.digest,
+        code_version=__version__,
+        extra={"job": resolved(run.job)},
+    )
+    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload})
+    run.progress.line(f"registered {name} version {version}, alias candidate")
+    return {"name": name, "version": str(version)}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def stage_key(name: str, function: Callable[..., Any], inputs: Mapping[str, Any]) -> str:
@@ -236,10 +332,6 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     part.replace(path)
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 def job_digest(job: Job) -> str:
@@ -292,6 +384,12 @@ def execute(
         log.setLevel(logging.INFO)
         try:
             return _execute(job, function, folder, state if same else {}, console)
+        except UserError:
+            raise
+        except Exception as error:
+            log.exception("the run failed")
+            error.labelmill_log = folder / "run.log"  # type: ignore[attr-defined]
+            raise
         finally:
             log.removeHandler(handler)
             handler.close()
@@ -300,24 +398,21 @@ def execute(
 def _execute(
     job: Job, function: Callable[[Any, Run], None], folder: Path, state: dict[str, Any], console: Console
 ) -> Report:
-    tracker = Tracker.open(job.tracking, Path(job.output), run_name=job.name, run_id=state.get("mlflow_run"))
-    state = {"mlflow_run": tracker.run_id, "job": job_digest(job), "status": "running"}
-    write_json(folder / "run.json", state)
-    status = "FAILED"
-    with ProgressView(console) as progress:
-        run = Run(job, folder, tracker, progress)
-        try:
-            tracker.config(resolved(job))
-            function(job, run)
-            _finish_report(run)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            run.close()
-            tracker.finish(status)
-            write_json(folder / "run.json", state | {"status": status.lower()})
+    with Tracker.open(
+        job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run"), run_dir=folder
+    ) as tracker:
+        state = {"mlflow_run": tracker.run_id, "job": job_digest(job)}
+        write_json(folder / "run.json", state | {"status": "running"})
+        with ProgressView(console) as progress:
+            run = Run(job, folder, tracker, progress)
+            try:
+                tracker.config(resolved(job))
+                tracker.params(resolved(job))
+                function(job, run)
+                _finish_report(run)
+            finally:
+                run.close()
+        write_json(folder / "run.json", state | {"status": "finished"})
     run.report.render(console)
     return run.report
 
@@ -326,5 +421,4 @@ def _finish_report(run: Run) -> None:
     rows = [[stage.name, f"{stage.seconds:.1f}"] for stage in run.stages]
     run.report.tables["stages"] = Table(["stage", "seconds"], rows, "wall time of each stage, kept ones as they ran")
     run.report.meta["mlflow_run"] = run.tracker.run_id
-    run.report.save(run.folder / "report")
-    run.tracker.report(run.report, run.folder / "report")
+    run.tracker.report(run.report)

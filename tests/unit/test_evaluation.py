@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from labelmill.errors import DataError
 from labelmill.evaluation.clustering import (
     accumulate,
@@ -79,11 +80,12 @@ def test_ties_go_to_the_lower_id_whatever_the_block() -> None:
         _, ids = nearest_neighbours(torch.tensor([[1.0, 0.0]]), base, 3, block=block)
         assert ids.tolist() == [[1, 2, 3]], block
     score, ids = merge_top(torch.tensor([[0.5]]), torch.tensor([[9]]), torch.tensor([[0.5, 0.1, 0.7]]), 3, 2)
-    assert ids.tolist() == [[5, 3]] and score.tolist() == [[pytest.approx(0.7), 0.5]]
+    assert ids.tolist() == [[5, 3]]
+    assert score.tolist() == [[pytest.approx(0.7), 0.5]]
 
 
 def test_neighbour_errors_name_the_row() -> None:
-    with pytest.raises(DataError, match="row 1 .*1 of 3 rows"):
+    with pytest.raises(DataError, match=r"row 1 .*1 of 3 rows"):
         unit_rows(torch.tensor([[1.0], [0.0], [2.0]]))
     with pytest.raises(DataError, match="row 0"):
         unit_rows(torch.tensor([[float("nan")]]))
@@ -135,7 +137,8 @@ def test_metrics_by_group() -> None:
     assert rows[1].low < 2 / 3 < rows[1].high
     ordered = metrics_by_group([1, 2], np.array([True, False]), order=["2", "1", "3"], total=None)
     assert [r.group for r in ordered] == ["2", "1", "3"]
-    assert math.isnan(ordered[2].accuracy) and (ordered[2].low, ordered[2].high) == (0.0, 1.0)
+    assert math.isnan(ordered[2].accuracy)
+    assert (ordered[2].low, ordered[2].high) == (0.0, 1.0)
     with pytest.raises(ValueError, match=r"\['z'\]"):
         metrics_by_group(["z"], np.array([True]), order=["a"])
     with pytest.raises(ValueError, match="2 groups"):
@@ -163,7 +166,8 @@ def test_linear_probe_learns_and_never_sees_the_test_set() -> None:
     assert result.accuracy > 0.8
     assert result.low < result.accuracy < result.high
     shuffled = linear_probe(train, label, test, test_label.flip(0), seed=0, num_labels=80)
-    assert shuffled.c == result.c and np.array_equal(shuffled.predicted_M, result.predicted_M)
+    assert shuffled.c == result.c
+    assert np.array_equal(shuffled.predicted_M, result.predicted_M)
     # standardised: scale and offset of a column change nothing
     moved = linear_probe(train * 100 + 3, label, test * 100 + 3, test_label, seed=0, num_labels=80)
     assert moved.accuracy == pytest.approx(result.accuracy, abs=0.01)
@@ -222,7 +226,8 @@ def test_assign_top_equals_the_dense_answer(block: int) -> None:
     centre = F.normalize(torch.randn(11, 6, generator=g))
     ids, cos = assign_top(emb, centre, 3, block)
     want = (emb @ centre.T).topk(3, dim=1)
-    assert torch.equal(ids, want.indices) and torch.allclose(cos, want.values)
+    assert torch.equal(ids, want.indices)
+    assert torch.allclose(cos, want.values)
     with pytest.raises(ValueError, match="12 centres"):
         assign_top(emb, centre, 12)
 

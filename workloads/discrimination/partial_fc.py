@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -41,7 +40,7 @@ class Classifier(Objective):
         encoder, head: config sections.
         num_classes: of the label space.
         seed: of the class rows and of the classes sampled in each step.
-        names: with a label space, rows start as the encoder's embedding of the class's name (imprinting: Qi et al.,
+        names: a data set with class names: rows start as the encoder's embedding of the class's name (imprinting: Qi et al.,
             CVPR 2018); an encoder of text only.
         k: classes that `predict` ranks.
     """
@@ -52,7 +51,7 @@ class Classifier(Objective):
         head: HeadConfig,
         num_classes: int,
         seed: int,
-        names: Path | None = None,
+        names: Manifest | None = None,
         k: int = 5,
     ) -> None:
         super().__init__()
@@ -72,11 +71,10 @@ class Classifier(Objective):
         if self._names is None:
             return
         head = self._heads["classes"]
-        with pa.memory_map(str(self._names)) as file:
-            names = pa.ipc.open_file(file).read_all().column("name").slice(head.start, head.stop - head.start)
-            for lo in range(0, len(names), IMPRINT_ROWS):
-                rows_KD = self.encoder.embed(names.slice(lo, IMPRINT_ROWS).to_pylist())
-                head.set_rows(range(head.start + lo, head.start + lo + len(rows_KD)), rows_KD)
+        names = self._names.load_classes().column("name").slice(head.start, head.stop - head.start)
+        for lo in range(0, len(names), IMPRINT_ROWS):
+            rows_KD = self.encoder.embed(names.slice(lo, IMPRINT_ROWS).to_pylist())
+            head.set_rows(range(head.start + lo, head.start + lo + len(rows_KD)), rows_KD)
 
     def forward(self, batch: Batch) -> Losses:
         emb_BD = self.encoder(batch.inputs)
@@ -122,11 +120,10 @@ def fit_classifier(
 ) -> dict[str, Any]:
     """Stage: trains a classifier and ranks the classes of every test sample."""
     assert train.label.num_classes is not None
-    names = train.classes_path if imprint else None
     stream = partial(data.stream, field=encoder.field, seed=seed, **image_options(encoder))
     fitted = run.fit(
         folder,
-        partial(Classifier, encoder, head, train.label.num_classes, seed, names),
+        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None),
         stream(train, global_batch=config.global_batch),
         config,
         predict={"test": stream(test, global_batch=eval_batch, shuffle=False)},

@@ -16,7 +16,7 @@ N ids of all samples end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -80,7 +80,8 @@ class Labels:
         form: the label form.
         ids_BP: int64, classes that apply, padded with -1 on the right.
         weights_BP: float32, weight of each id, 0 where padded; soft labels only.
-        negatives_BQ: int64, classes known not to apply, padded with -1; partial and complementary labels only.
+        negatives_BQ: int64, classes known not to apply, padded with -1; partial and complementary labels
+            only.
         values_BD: float32 targets; continuous labels only.
     """
 
@@ -102,32 +103,41 @@ class Labels:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Labels:
         """The labels on `device`."""
-        return Labels(
-            self.form, *(None if t is None else t.to(device, non_blocking=non_blocking) for t in self._tensors())
-        )  # type: ignore[arg-type]
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def slice(self, lo: int, hi: int) -> Labels:
         """Labels of the samples `[lo, hi)`; views, not copies."""
-        return Labels(self.form, *(None if t is None else t[lo:hi] for t in self._tensors()))  # type: ignore[arg-type]
+        return self._map(lambda t: t[lo:hi])
 
     @staticmethod
     def concat(parts: Sequence[Labels]) -> Labels:
-        """Labels of all parts in order, padded to the widest. Raises ValueError for no part or for mixed forms."""
+        """All parts in order, padded to the widest. Raises ValueError for no part or mixed forms."""
         if len({part.form for part in parts}) != 1:
             raise ValueError(f"can't join labels of forms {sorted({part.form for part in parts})}")
-        fills = (-1, 0.0, -1, 0.0)
-        columns = zip(*(part._tensors() for part in parts), strict=True)
-        joined = [None if c[0] is None else _cat_padded(c, fill) for c, fill in zip(columns, fills, strict=True)]
-        return Labels(parts[0].form, *joined)  # type: ignore[arg-type]
+        first = parts[0]
+        return Labels(
+            first.form,
+            _cat_padded([part.ids_BP for part in parts], -1),
+            None if first.weights_BP is None else _cat_padded([part.weights_BP for part in parts], 0.0),
+            None if first.negatives_BQ is None else _cat_padded([part.negatives_BQ for part in parts], -1),
+            None if first.values_BD is None else _cat_padded([part.values_BD for part in parts], 0.0),
+        )
 
-    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.ids_BP, self.weights_BP, self.negatives_BQ, self.values_BD
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Labels:
+        return Labels(
+            self.form,
+            change(self.ids_BP),
+            None if self.weights_BP is None else change(self.weights_BP),
+            None if self.negatives_BQ is None else change(self.negatives_BQ),
+            None if self.values_BD is None else change(self.values_BD),
+        )
 
 
-def _cat_padded(tensors: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+def _cat_padded(maybe: Sequence[torch.Tensor | None], fill: float) -> torch.Tensor:
     import torch
     from torch.nn.functional import pad
 
+    tensors = [t for t in maybe if t is not None]  # labels of one form: all or none
     width = max(t.shape[1] for t in tensors)
     return torch.cat([pad(t, (0, width - t.shape[1]), value=fill) for t in tensors])
 
@@ -165,11 +175,13 @@ def labels_from_table(table: pa.Table, spec: LabelSpec) -> Labels:
     return Labels(spec.form, torch.from_numpy(ids), weights, negatives)
 
 
-def _padded(column: pa.Array, fill: float, dtype: type, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _padded(
+    column: pa.Array, fill: float, dtype: type, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """List column -> ((B, width) array padded with `fill`, (B,) lengths)."""
     values, lengths = ragged(column)
     widest = int(lengths.max(initial=0)) if width is None else width
-    out = np.full((len(lengths), widest), fill, dtype=dtype)
+    out: np.ndarray = np.full((len(lengths), widest), fill, dtype=dtype)
     out[np.arange(widest)[None, :] < lengths[:, None]] = values
     return out, lengths
 
@@ -177,7 +189,9 @@ def _padded(column: pa.Array, fill: float, dtype: type, width: int | None = None
 def ragged(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """List column of B rows -> (values end to end (N,), lengths (B,)); a null list counts as empty."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
-    return column.flatten().to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    return column.flatten().to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False).astype(
+        np.int64
+    )
 
 
 def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa.Array]:
@@ -195,10 +209,13 @@ def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa
                 column = column.cast(wanted)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise DataError(
-                    f"{where}: column {name!r} is {column.type}, labels of form {spec.form!r} need {wanted} ({error})."
+                    f"{where}: column {name!r} is {column.type}, labels of form {spec.form!r} need {wanted} "
+                    f"({error})."
                 ) from None
         chunks = column.chunks
-        out[name] = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks) if chunks else pa.array([], wanted)
+        out[name] = (
+            chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks) if chunks else pa.array([], wanted)
+        )
     return out
 
 
@@ -224,7 +241,9 @@ class _Check:
     def no_nulls(self, name: str) -> None:
         column = self.columns[name]
         if column.null_count:
-            self.fail(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)), f"{name} is missing (null).")
+            self.fail(
+                np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)), f"{name} is missing (null)."
+            )
         if pa.types.is_list(column.type) and column.flatten().null_count:
             bad = np.flatnonzero(column.flatten().is_null().to_numpy(zero_copy_only=False))
             lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
@@ -245,7 +264,7 @@ class _Check:
 
     def distinct(self, name: str, ids_N: np.ndarray, rows_N: np.ndarray, message: str = "twice") -> None:
         """No (row, id) pair occurs twice."""
-        pairs = rows_N * np.int64(self.spec.num_classes) + ids_N
+        pairs = rows_N.astype(np.int64) * (self.spec.num_classes or 0) + ids_N
         if (np.diff(pairs) > 0).all():  # usual case: ids are sorted within each sample
             return
         order = np.argsort(pairs, kind="stable")
@@ -268,10 +287,10 @@ def check_labels(table: pa.Table, spec: LabelSpec, where: str) -> None:
     """Checks every label of `table`; `where` (a file) opens the message.
 
     Raises:
-        DataError: names the first wrong sample by key, its value, the valid range, and how many more are wrong: a
-            missing column or value, an id outside 0 ... num_classes - 1, an id twice in a sample, a weight that is
-            negative, not finite, or all zero, a class that is positive and negative at once, every class excluded,
-            a continuous label of another length or with a value that is not finite.
+        DataError: names the first wrong sample by key, its value, the valid range, and how many more are
+            wrong: a missing column or value, an id outside 0 ... num_classes - 1, an id twice in a sample, a
+            weight that is negative, not finite, or all zero, a class that is positive and negative at once,
+            every class excluded, a continuous label of another length or with a value that is not finite.
     """
     check = _Check(table, spec, where)
     if spec.form == "none":
@@ -291,7 +310,9 @@ def check_labels(table: pa.Table, spec: LabelSpec, where: str) -> None:
             both, rows = np.concatenate([ids_N, other_N]), np.concatenate([rows_N, other_rows_N])
             check.distinct("label and label_negative", both, rows, "as positive and as negative")
         elif spec.form == "complementary" and (lengths_B >= spec.num_classes).any():
-            check.fail(np.flatnonzero(lengths_B >= spec.num_classes), "every class is excluded, none is left.")
+            check.fail(
+                np.flatnonzero(lengths_B >= spec.num_classes), "every class is excluded, none is left."
+            )
 
 
 def _check_continuous(check: _Check) -> None:
@@ -301,7 +322,9 @@ def _check_continuous(check: _Check) -> None:
         found, dim = int(lengths_B[wrong[0]]), check.spec.dim
         check.fail(wrong, f"label has {found} value(s), the data set's continuous labels have {dim}.")
     if (wrong := np.flatnonzero(~np.isfinite(values_N))).size:
-        check.fail(wrong // (check.spec.dim or 1), f"label holds {values_N[wrong[0]]}, which is not a finite number.")
+        check.fail(
+            wrong // (check.spec.dim or 1), f"label holds {values_N[wrong[0]]}, which is not a finite number."
+        )
 
 
 def _check_weights(check: _Check, rows_N: np.ndarray, lengths_B: np.ndarray) -> None:
@@ -309,9 +332,13 @@ def _check_weights(check: _Check, rows_N: np.ndarray, lengths_B: np.ndarray) -> 
     weights_N, weight_lengths_B = ragged(check.columns["label_weight"])
     if (wrong := np.flatnonzero(weight_lengths_B != lengths_B)).size:
         i = wrong[0]
-        check.fail(wrong, f"label has {lengths_B[i]} class(es) but label_weight has {weight_lengths_B[i]} weight(s).")
+        check.fail(
+            wrong, f"label has {lengths_B[i]} class(es) but label_weight has {weight_lengths_B[i]} weight(s)."
+        )
     if (wrong := np.flatnonzero(~(np.isfinite(weights_N) & (weights_N >= 0)))).size:
-        check.fail(rows_N[wrong], f"label_weight holds {weights_N[wrong[0]]}; weights are finite and not negative.")
+        check.fail(
+            rows_N[wrong], f"label_weight holds {weights_N[wrong[0]]}; weights are finite and not negative."
+        )
     if (wrong := np.flatnonzero(np.bincount(rows_N, weights_N, minlength=len(lengths_B)) <= 0)).size:
         check.fail(wrong, "a soft label needs at least one class with a weight above 0.")
 

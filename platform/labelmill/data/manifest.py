@@ -1,8 +1,9 @@
 """The manifest: what a data set is. Shards with counts and checksums, fields, label form, label space.
 
-`manifest.json` lies beside the shards. Readers trust it, not the shards: a shard that was cut or damaged can look
-like a shorter one, and only counts and checksums kept elsewhere can tell. Class names are never in the JSON but in
-an Arrow file beside it, so that a million classes cost nothing to load when only their number is needed.
+`manifest.json` lies beside the shards. Readers trust it, not the shards: a shard that was cut or damaged can
+look like a shorter one, and only counts and checksums kept elsewhere can tell. Class names are never in the
+JSON but in an Arrow file beside it, so that a million classes cost nothing to load when only their number is
+needed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class FieldSpec(StrictModel):
         pattern=r"^[a-z0-9_]+([.][a-z0-9_]+)*(;[a-z0-9_]+([.][a-z0-9_]+)*)*$",
         description="extension of the tar member; alternatives separated by ';', as in WebDataset: png;jpg",
     )
-    shape: tuple[int, ...] | None = Field(None, description="shape of every sample's array or decoded image, if fixed")
+    shape: tuple[int, ...] | None = Field(
+        None, description="shape of every sample's array or decoded image, if fixed"
+    )
     dtype: str | None = Field(None, description="element type of arrays of fixed shape")
 
     @field_validator("dtype")
@@ -88,14 +91,18 @@ class ShardInfo(StrictModel):
 
 
 class Manifest(StrictModel):
-    """A data set (a version of one). Picklable; `root` says where it was loaded from and isn't part of the content."""
+    """A data set, or a version of one. `root` says where it was loaded from and isn't content."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str = Field(min_length=1)
-    layout: Layout = Field(description="tar: a member per field and sample; packed: a member per block of samples")
+    layout: Layout = Field(
+        description="tar: a member per field and sample; packed: a member per block of samples"
+    )
     fields: dict[str, FieldSpec]
     label: LabelSpec
-    classes: str | None = Field(None, description="Arrow file of the label space: name, count, further columns")
+    classes: str | None = Field(
+        None, description="Arrow file of the label space: name, count, further columns"
+    )
     classes_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     shards: tuple[ShardInfo, ...]
     parents: tuple[str, ...] = Field((), description="digests of the versions that this one was made from")
@@ -106,9 +113,13 @@ class Manifest(StrictModel):
     @classmethod
     def _field_names(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
         if taken := set(value) & {"key", *LABEL_COLUMNS}:
-            raise ValueError(f"a field can't be called {sorted(taken)[0]!r}: that column has a meaning of its own")
+            raise ValueError(
+                f"a field can't be called {sorted(taken)[0]!r}: that column has a meaning of its own"
+            )
         exts = [ext for spec in value.values() for ext in spec.exts]
-        if twice := sorted({ext for ext in exts if exts.count(ext) > 1} | ({"cls", "labels.json"} & set(exts))):
+        if twice := sorted(
+            {ext for ext in exts if exts.count(ext) > 1} | ({"cls", "labels.json"} & set(exts))
+        ):
             raise ValueError(f"extension {twice[0]!r} belongs to two fields or is the label's")
         return value
 
@@ -124,7 +135,8 @@ class Manifest(StrictModel):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of what a reader gets: fields, label form, label space, every shard's content and labels.
+        """sha256 (hex) of what a reader gets: fields, label form, label space, every shard's content and
+        labels.
 
         Name, paths, lineage and origin don't count: the same data elsewhere has the same digest.
         """
@@ -142,7 +154,9 @@ class Manifest(StrictModel):
     def root(self) -> str:
         """Folder of the manifest. Raises DataError for a manifest that was neither loaded nor saved."""
         if self._root is None:
-            raise DataError(f"data set {self.name!r} has no place yet: load it with load_manifest, or save it first.")
+            raise DataError(
+                f"data set {self.name!r} has no place yet: load it with load_manifest, or save it first."
+            )
         return self._root
 
     def at(self, root: str | os.PathLike[str]) -> Manifest:
@@ -163,7 +177,11 @@ class Manifest(StrictModel):
     @property
     def schema(self) -> pa.Schema:
         """Columns of a shard table: key, fields, labels."""
-        columns = {"key": pa.string(), **{n: f.arrow_type for n, f in self.fields.items()}, **self.label.columns}
+        columns = {
+            "key": pa.string(),
+            **{n: f.arrow_type for n, f in self.fields.items()},
+            **self.label.columns,
+        }
         return pa.schema(list(columns.items()))
 
     def load_classes(self) -> pa.Table:
@@ -176,19 +194,25 @@ class Manifest(StrictModel):
         path = store.join(self.root, self.classes)
         data = store.read_bytes(path)
         if self.classes_sha256 and hashlib.sha256(data).hexdigest() != self.classes_sha256:
-            raise DataError(f"{path}: the label space changed since it was written (sha256 differs). Copy it again.")
+            raise DataError(
+                f"{path}: the label space changed since it was written (sha256 differs). Copy it again."
+            )
         try:
             table = pa.ipc.open_file(data).read_all()
         except pa.ArrowInvalid as error:
-            raise DataError(f"{path}: not an Arrow file: {error}. Copy it again, or import the data set again.") from None
+            raise DataError(
+                f"{path}: not an Arrow file: {error}. Copy it again, or import the data set again."
+            ) from None
         check_classes(table, self.label, path)
         return table
 
 
 def check_classes(table: pa.Table, label: LabelSpec, where: str) -> None:
-    """Raises DataError unless `table` has a name (string) for each of the label's classes, and int64 counts if any."""
+    """Raises DataError unless `table` names each of the label's classes, with int64 counts if any."""
     if "name" not in table.column_names or table.column("name").type != pa.string():
-        raise DataError(f"{where}: a label space needs a column `name` of strings; found {table.schema.names}.")
+        raise DataError(
+            f"{where}: a label space needs a column `name` of strings; found {table.schema.names}."
+        )
     if "count" in table.column_names and table.column("count").type != pa.int64():
         raise DataError(f"{where}: column `count` of the label space must be int64.")
     if table.num_rows != label.num_classes:
@@ -213,8 +237,8 @@ def save_manifest(manifest: Manifest, folder: str | os.PathLike[str]) -> Manifes
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Loads a manifest from its folder, its file, or a URI of either.
 
-    Raises DataError: nothing there (and how to import), not JSON, a schema version this release doesn't know, a wrong
-    field (named), no shard.
+    Raises DataError: nothing there (and how to import), not JSON, a schema version this release doesn't know,
+    a wrong field (named), no shard.
     """
     given = store.normal(path)
     file = given if given.endswith(".json") else store.join(given, MANIFEST_FILE)
@@ -223,21 +247,28 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         raw = json.loads(store.read_bytes(file).to_pybytes())
     except ValueError as error:
-        raise DataError(f"{file}: not readable as JSON ({error}). Copy it again, or import the data set again.") from None
+        raise DataError(
+            f"{file}: not readable as JSON ({error}). Copy it again, or import the data set again."
+        ) from None
     if not isinstance(raw, dict):
         raise DataError(f"{file}: a manifest is a JSON object, this is a {type(raw).__name__}.")
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
-            f"{file}: schema_version is {raw.get('schema_version')!r}, this release reads {SCHEMA_VERSION}. Use the "
-            "release that wrote it, or import the data set again."
+            f"{file}: schema_version is {raw.get('schema_version')!r}, this release reads {SCHEMA_VERSION}. "
+            "Use the release that wrote it, or import the data set again."
         )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise DataError(f"{file}: {'; '.join(lines[:10])}. The manifest was edited or is damaged.") from None
     if not manifest.shards:
-        raise DataError(f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again.")
+        raise DataError(
+            f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again."
+        )
     return manifest.at(os.path.dirname(file))
 
 

@@ -1,7 +1,7 @@
 """One face over the places data lives: local folders and anything pyarrow has a file system for (`s3://...`).
 
-Paths are text: a local path, or a URI. Credentials and endpoint of S3 come from the usual environment variables
-(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
+Paths are text: a local path, or a URI. Credentials and endpoint of S3 come from the usual environment
+variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION).
 """
 
 from __future__ import annotations

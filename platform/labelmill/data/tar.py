@@ -1,8 +1,9 @@
 """Tar headers, read and written directly.
 
-Python's tarfile costs more than decoding a small image, and in stream mode takes a damaged header for the end of
-the archive: samples vanish without an error. Here every header's checksum is verified, a member must lie inside
-the buffer, and whether the end-of-archive marker was seen is part of the result.
+Python's tarfile costs more than decoding a small image, and in stream mode takes a damaged header for the end
+of
+the archive: samples vanish without an error. Here every header's checksum is verified, a member must lie
+inside the buffer, and whether the end-of-archive marker was seen is part of the result.
 
 Format: POSIX.1-1988 ustar and POSIX.1-2001 pax headers, GNU long names and base-256 sizes.
 """
@@ -19,10 +20,17 @@ END = bytes(2 * BLOCK)
 
 _ZERO = bytes(BLOCK)
 _REGULAR = frozenset(b"0\x007")
-_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "sparse"}
+_KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "sparse",
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class TarIndex:
     """Regular files of a tar, in order.
 
@@ -31,7 +39,8 @@ class TarIndex:
         offsets: byte offset of each member's content.
         sizes: bytes of each member's content.
         end: byte offset behind the last member.
-        ended: whether the end-of-archive marker is there. Without it the tar may have been cut between two members.
+        ended: whether the end-of-archive marker is there. Without it the tar may have been cut between two
+            members.
     """
 
     names: list[str] = field(default_factory=list)
@@ -63,17 +72,20 @@ class TarDamage(ValueError):
 def parse_tar(data: memoryview) -> TarIndex:
     """Indexes the members of a tar that lies in memory as one buffer; contents are not copied.
 
-    Directories are skipped. Raises TarDamage for a header that fails its checksum, a member that reaches past the
-    end of the data, a member that is neither file nor directory, content behind the end marker, or a compressed file.
+    Directories are skipped. Raises TarDamage for a header that fails its checksum, a member that reaches past
+    the end of the data, a member that is neither file nor directory, content behind the end marker, or a
+    compressed file.
     """
-    index, headers, owners = TarIndex(), [], []
+    index = TarIndex()
+    headers: list[int] = []
+    owners: list[int] = []
     problem: TarDamage | None = None
     try:
         _walk(data, index, headers, owners)
     except TarDamage as damage:
         problem = damage
-    # Checksums of all headers at once. A damaged header may have led the walk astray, so the first one that fails
-    # is the cause, whatever the walk stumbled over later.
+    # Checksums of all headers at once. A damaged header may have led the walk astray, so the first one that
+    # fails is the cause, whatever the walk stumbled over later.
     if (bad := _first_bad_checksum(data, headers)) is not None:
         raise TarDamage("damaged header (its checksum is wrong)", headers[bad], index.head(owners[bad]))
     if problem is not None:
@@ -98,7 +110,7 @@ def _walk(data: memoryview, index: TarIndex, headers: list[int], owners: list[in
         header = bytes(data[at : at + BLOCK])
         if header == _ZERO:
             _check_end(data, at, index)
-            object.__setattr__(index, "ended", True)
+            index.ended = True
             break
         if len(header) < BLOCK:
             raise damage(f"cut inside a header ({total - at} of {BLOCK} bytes)", long_name or "", at)
@@ -140,8 +152,10 @@ def _walk(data: memoryview, index: TarIndex, headers: list[int], owners: list[in
         elif kind not in (b"K", b"g"):
             name = _name(header) if long_name is None else long_name
             what = _KINDS.get(kind, f"of unknown type {kind!r}")
-            raise damage(f"member {name!r} is {what}, not a file (pack files themselves: tar --dereference)", name)
-    object.__setattr__(index, "end", min(at, total))
+            raise damage(
+                f"member {name!r} is {what}, not a file (pack files themselves: tar --dereference)", name
+            )
+    index.end = min(at, total)
 
 
 def _check_end(data: memoryview, at: int, index: TarIndex) -> None:
@@ -149,7 +163,9 @@ def _check_end(data: memoryview, at: int, index: TarIndex) -> None:
     rest = np.frombuffer(data, dtype=np.uint8)[at:]
     if rest.any():
         behind = at + int(np.argmax(rest != 0))
-        raise TarDamage(f"end marker, but content follows from byte {behind}: damaged, or tars glued together", at, index)
+        raise TarDamage(
+            f"end marker, but content follows from byte {behind}: damaged, or tars glued together", at, index
+        )
 
 
 def _first_bad_checksum(data: memoryview, headers: list[int]) -> int | None:
@@ -167,7 +183,7 @@ def _first_bad_checksum(data: memoryview, headers: list[int]) -> int | None:
 
 
 def _octal_checksums(rows: np.ndarray) -> np.ndarray:
-    """Checksum fields in the usual spelling, six octal digits with leading zeros; others come out wrong or negative."""
+    """Checksums in the usual spelling, six octal digits; fields in another come out wrong or negative."""
     digits = rows[:, 148:154].astype(np.int64) - ord("0")
     value = digits @ (8 ** np.arange(5, -1, -1))
     return np.where(((digits < 0) | (digits > 7)).any(axis=1), -1, value)
@@ -185,7 +201,7 @@ def _checksum_is(header: bytes) -> bool:
 
 
 def _number(raw: bytes) -> int:
-    """Octal text, or GNU base-256 when the top bit is set. Raises ValueError; a negative size is an error too."""
+    """Octal text, or GNU base-256 when the top bit is set. Raises ValueError, also when negative."""
     if raw[0] & 0x80:
         if raw[0] & 0x40:
             raise ValueError("negative")
@@ -257,10 +273,14 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
     return b"%d %s=%s\n" % (length, key, value)
 
 
-_AFTER_SIZE = b"%011o\0" % 0  # mtime
+# everything but name, size, checksum and kind is the same in each header
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"00000000000\0"
+_BACK = bytes(100) + b"ustar\x0000" + bytes(247)
+_FIXED_SUM = sum(_OWNER) + sum(_TIME) + sum(_BACK) + 8 * ord(" ")
 
 
 def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
-    front = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + _AFTER_SIZE
-    back = kind + bytes(100) + b"ustar\x0000" + bytes(247)
-    return front + b"%06o\0 " % (sum(front) + sum(back) + 256) + back
+    digits = b"%011o\0" % size
+    checksum = b"%06o\0 " % (sum(name) + sum(digits) + kind[0] + _FIXED_SUM)
+    return b"".join((name.ljust(100, b"\0"), _OWNER, digits, _TIME, checksum, kind, _BACK))

@@ -15,6 +15,7 @@ from labelmill.encoders.linear import LinearConfig, LinearProjection, Pixels, Pi
 from labelmill.encoders.text import CharNgrams, CharNgramsConfig
 from labelmill.encoders.vision import SmallCnn, SmallCnnConfig, SmallVit, SmallVitConfig
 from labelmill.errors import JobError, did_you_mean
+from labelmill.job import StrictModel
 
 AnyEncoderConfig = (
     CharNgramsConfig
@@ -27,14 +28,14 @@ AnyEncoderConfig = (
 )
 EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 
-_CLASSES: dict[type, Any] = {
+_CLASSES: dict[type[StrictModel], Any] = {
     CharNgramsConfig: CharNgrams,
     SmallCnnConfig: SmallCnn,
     SmallVitConfig: SmallVit,
     LinearConfig: LinearProjection,
     PixelsConfig: Pixels,
 }
-_LIBRARY: dict[type, Any] = {HfImageConfig: HfImage, HfTextConfig: HfText}
+_LIBRARY: dict[type[StrictModel], Any] = {HfImageConfig: HfImage, HfTextConfig: HfText}
 KINDS: tuple[str, ...] = tuple(c.model_fields["kind"].default for c in (*_CLASSES, *_LIBRARY))
 
 

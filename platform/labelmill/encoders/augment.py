@@ -1,6 +1,6 @@
 """Seeded, vectorised augmentations of images and of short strings.
 
-Every draw is keyed by sample (`SampleRandom`), so a sample is changed in the same way whatever batch it is in.
+Every draw is keyed by sample (`SampleRandom`), so a sample is changed alike in any batch.
 
 B samples, H height, W width, C channels, L characters.
 """
@@ -100,11 +100,11 @@ def augment_images(images_BHWC: np.ndarray, options: ImageAugment, rng: Rng) -> 
 def code_points(
     strings: Sequence[str | None], max_length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unicode code points uint32 (B, L) padded with 0, and lengths int64 (B,); None counts as the empty string.
+    """Unicode code points uint32 (B, L) padded with 0, and lengths int64 (B,); None counts as "".
 
     Strings longer than `max_length` code points are cut there. No Python code runs per string.
     """
-    texts = [s or "" for s in strings] if any(s is None for s in strings) else strings
+    texts = [s or "" for s in strings]
     full_B = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     flat = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype="<u4")
     return _pad(flat, full_B, max_length)
@@ -126,7 +126,7 @@ def _pad(flat: np.ndarray, full_B: np.ndarray, max_length: int | None) -> tuple[
 def apply_typos(words: Sequence[str], rng: Rng, options: Typos | None = None) -> list[str]:
     """Each word with random edits; a word that is to be edited always comes out different from itself.
 
-    About 0.4 million words a second on one core. Words of one letter are substituted or extended, never emptied.
+    About 0.4 million words a second on one core. Words of one letter are substituted or extended.
     """
     options = options or Typos()
     codes_BL, length_B = code_points(words)

@@ -1,7 +1,8 @@
 """What every encoder is: raw fields to an embedding, in two halves.
 
-`prepare` runs on the CPU in the reader thread (numpy, no gradient) and gives tensors whose first axis is always
-the sample, so that a prepared batch can be cut into micro batches. `forward` runs in the training engine.
+`prepare` runs on the CPU in the reader thread (numpy, no gradient) and gives tensors whose first axis is
+always the sample, so that a prepared batch can be cut into micro batches. `forward` runs in the training
+engine.
 
 B samples, D embedding width.
 """
@@ -26,8 +27,8 @@ Raw = Sequence[Any] | np.ndarray | torch.Tensor
 class Encoder(nn.Module):
     """Maps one field of a sample to an embedding.
 
-    Attributes: `dim` width of the embedding; `field` manifest field it reads; `config` what it was built from.
-    Weights come from torch's global generator at construction: seed it before `build_encoder`.
+    Attributes: `dim` width of the embedding; `field` manifest field it reads; `config` what it was built
+    from. Weights come from torch's global generator at construction: seed it before `build_encoder`.
     """
 
     dim: int
@@ -42,8 +43,8 @@ class Encoder(nn.Module):
     def prepare(self, raw: Raw, rng: Rng | None = None) -> Prepared:
         """Decoded field values of B samples -> CPU tensors with first axis B.
 
-        `rng` (a numpy Generator, or uint64 keys (B,) of `sample_keys`) switches training augmentation on; keys
-        make it independent of how the batch is cut.
+        `rng` (a numpy Generator, or uint64 keys (B,) of `sample_keys`) switches training augmentation on;
+        keys make it independent of how the batch is cut.
         """
         raise NotImplementedError
 
@@ -54,14 +55,17 @@ class Encoder(nn.Module):
     def portable(self, folder: Path) -> StrictModel:
         """A config that rebuilds this encoder elsewhere: files it needs beside its weights go into `folder`.
 
-        The weights themselves are the caller's to save (`state_dict`). Paths in the returned config are relative
-        to `folder`; give it as `root` to `build_encoder`.
+        The weights themselves are the caller's to save (`state_dict`). Paths in the returned config are
+        relative to `folder`; give it as `root` to `build_encoder`.
         """
         return self.config
 
     @torch.no_grad()
     def embed(self, raw: Raw, batch: int = 4096) -> torch.Tensor:
-        """emb_ND on the CPU, not normalised, evaluation mode, no augmentation; for small sets and predictions."""
+        """emb_ND on the CPU, not normalised, evaluation mode, no augmentation.
+
+        For small sets and predictions.
+        """
         was_training, device = self.training, next((p.device for p in self.parameters()), torch.device("cpu"))
         self.eval()
         try:

@@ -1,8 +1,8 @@
 """Stable hashing and per-sample random numbers in vectorised uint64 arithmetic.
 
 Python's `hash` of a string is salted per process, and a numpy generator shared by a batch gives other numbers
-when the batch is cut otherwise. Everything here depends only on its arguments, so features and augmentations are
-the same in every process, for every number of workers.
+when the batch is cut otherwise. Everything here depends only on its arguments, so features and augmentations
+are the same in every process, for every number of workers.
 
 B samples of a batch.
 """
@@ -34,7 +34,9 @@ def tag(value: int) -> np.uint64:
 
 
 def sample_keys(seed: int, epoch: int, positions_B: np.ndarray) -> np.ndarray:
-    """uint64 keys (B,), one per (seed, epoch, position in the stream): pass them as `rng` of `Encoder.prepare`."""
+    """uint64 keys (B,), one per (seed, epoch, position in the stream): pass them as `rng` of
+    `Encoder.prepare`.
+    """
     with np.errstate(over="ignore"):
         start = mix64(np.array([seed], dtype=np.int64).view(np.uint64) + GOLDEN)
         start = mix64(start + np.uint64(epoch) * GOLDEN)

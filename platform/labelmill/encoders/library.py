@@ -1,7 +1,7 @@
 """`hf_image` and `hf_text`: encoders built by the transformers library, from a local folder or fresh.
 
-Nothing is downloaded: `path` is a folder with `config.json` and safetensors, `architecture` builds a fresh model
-from its configuration class. transformers is imported when an encoder is built, not before.
+Nothing is downloaded: `path` is a folder with `config.json` and safetensors, `architecture` builds a fresh
+model from its configuration class. transformers is imported when an encoder is built, not before.
 
 B samples, C channels, H height, W width, T tokens, D embedding width.
 """
@@ -103,8 +103,8 @@ class LibraryEncoder(Encoder):
     def _find_width_and_unused(self) -> int:
         """Runs one sample: the width of the embedding, and an early error where input and model don't fit.
 
-        Parameters the pooled output doesn't depend on (a pooler, a mask token) are frozen, because data-parallel
-        engines expect a gradient for every trainable parameter.
+        Parameters the pooled output doesn't depend on (a pooler, a mask token) are frozen, because
+        data-parallel engines expect a gradient for every trainable parameter.
         """
         self.eval()
         try:
@@ -116,7 +116,7 @@ class LibraryEncoder(Encoder):
             source = self.config.path or self.config.architecture
             raise JobError(
                 f"encoder {self.config.kind!r} ({source}) can't encode one sample: {error}"
-            ) from error  # type: ignore[union-attr]
+            ) from error
         for parameter, grad in zip(named, grads, strict=True):
             if grad is None:
                 parameter.requires_grad_(False)
@@ -132,7 +132,7 @@ class LibraryEncoder(Encoder):
 
     def _portable_library(self) -> dict[str, Any]:
         """Config fields that rebuild the architecture without the folder it came from."""
-        config = self.model.config
+        config: Any = self.model.config
         skip = {"architectures", "transformers_version", "model_type", "torch_dtype", "dtype"}
         options = {k: v for k, v in config.to_diff_dict().items() if k not in skip and not k.startswith("_")}
         known = _known_options(type(config)())
@@ -197,7 +197,9 @@ class HfText(LibraryEncoder):
         self._tokenizer = tokenizer
 
     def prepare(self, raw: Raw, rng: Rng | None = None) -> Prepared:
-        """Strings -> {"input_ids": int64 (B, T), "attention_mask": int64 (B, T)}, T the longest of the batch."""
+        """Strings -> {"input_ids": int64 (B, T), "attention_mask": int64 (B, T)}, T the longest of the
+        batch.
+        """
         texts = [s or "" for s in raw]
         if self._tokenizer is None:
             return bytes_to_ids(texts, self.config.max_length)
@@ -275,8 +277,11 @@ def _build_model(
     transformers = _transformers()
     if config.path is not None:
         folder = _local(config.path, root, "encoder.path")
-        missing = [n for n, found in (("config.json", (folder / "config.json").is_file()),
-                                      ("*.safetensors", any(folder.glob("*.safetensors")))) if not found]  # fmt: skip
+        present = {
+            "config.json": (folder / "config.json").is_file(),
+            "*.safetensors": any(folder.glob("*.safetensors")),
+        }
+        missing = [name for name, found in present.items() if not found]
         if missing:
             raise JobError(f"encoder.path: {str(folder)!r} lacks {' and '.join(missing)}")
         try:

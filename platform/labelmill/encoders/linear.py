@@ -50,6 +50,7 @@ class LinearProjection(Encoder):
     """emb = (x - centre) W^T. uint8 input is scaled to 0..1. The centre is a buffer, W a parameter."""
 
     config: LinearConfig
+    centre_I: torch.Tensor
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config, config.dim, config.field)
@@ -70,7 +71,8 @@ class LinearProjection(Encoder):
         flat = values.reshape(len(values), -1) if len(values) else values.reshape(0, self.config.in_dim)
         if flat.shape[1] != self.config.in_dim:
             raise DataError(
-                f"field {self.field!r}: a sample has {flat.shape[1]} numbers, encoder.in_dim is {self.config.in_dim}"
+                f"field {self.field!r}: a sample has {flat.shape[1]} numbers, "
+                f"encoder.in_dim is {self.config.in_dim}"
             )
         scale = 1.0 / 255.0 if values.dtype == np.uint8 else 1.0
         return torch.from_numpy(flat.astype(np.float32) * np.float32(scale))

@@ -1,10 +1,10 @@
 """`char_ngrams`: an encoder of short strings from hashed character features.
 
-A string is seen as several families of features (n-grams, n-grams tied to a place, pairs with a gap, the string
-with one letter left out). Every feature is hashed to a row of one table; the rows of a family are summed, the
-families are mixed by learned gains and a small residual network. The network starts at zero, so a fresh encoder
-is a random projection of the features: near strings are near from the first step, and class rows can be
-initialised by imprinting (Qi, Brown, Lowe, CVPR 2018) before any training.
+A string is seen as several families of features (n-grams, n-grams tied to a place, pairs with a gap, the
+string with one letter left out). Every feature is hashed to a row of one table; the rows of a family are
+summed, the families are mixed by learned gains and a small residual network. The network starts at zero, so
+a fresh encoder is a random projection of the features: near strings are near from the first step, and class
+rows can be initialised by imprinting (Qi, Brown, Lowe, CVPR 2018) before any training.
 
 B samples, L characters, T features of a family, F families, D embedding width, V buckets.
 """
@@ -187,10 +187,11 @@ def hash_features(
 
 
 def _deletion_hashes(letters: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """Hash of the string (column 0) and of the string without its i-th letter (column 1 + i), uint64 (B, 1 + L).
+    """Hash of the string (column 0) and of the string without its i-th letter (column 1 + i),
+    uint64 (B, 1 + L).
 
-    A polynomial hash, so that a deletion is prefix + suffix moved down by one place. Two strings one edit apart
-    always share one of these hashes: the idea of symmetric delete spelling correction (SymSpell).
+    A polynomial hash, so that a deletion is prefix + suffix moved down by one place. Two strings one edit
+    apart always share one of these hashes: the idea of symmetric delete spelling correction (SymSpell).
     """
     size, width = letters.shape[0], letters.shape[1] - 2
     power = np.ones(width, dtype=np.uint64)

@@ -59,8 +59,8 @@ def prepare_images(raw: Raw, options: ImageOptions, rng: Rng | None = None) -> t
     found = images.shape[-1]
     if found not in (1, options.channels):
         raise DataError(
-            f"field {options.field!r}: images have {found} channels and the encoder takes {options.channels}; "
-            f"set encoder.channels or decode to {options.channels} channels"
+            f"field {options.field!r}: images have {found} channels and the encoder takes "
+            f"{options.channels}; set encoder.channels or decode to {options.channels} channels"
         )
     if images.shape[1:3] != (options.image_size, options.image_size):
         images = _resize(images, options.image_size)

@@ -16,7 +16,9 @@ from labelmill.evaluation.ranking import merge_top, unit_rows
 def assign_top(
     emb_ND: torch.Tensor, centre_KD: torch.Tensor, nearest: int = 1, block: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(id_NL int64, cos_NL) of the `nearest` centres by cosine, most similar first, lower id first among equals.
+    """(id_NL int64, cos_NL) of the `nearest` centres by cosine, most similar first.
+
+    Among equals the lower id comes first.
 
     Holds N x block cosines at a time, never N x K. Both inputs must be unit rows (`unit_rows`).
     Raises ValueError unless 1 <= nearest <= K.
@@ -33,7 +35,7 @@ def assign_top(
 def accumulate(
     emb_ND: torch.Tensor, id_N: torch.Tensor, num_centres: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum_KD float64, count_K int64) of the rows of every centre: add the results of blocks, then `new_centres`.
+    """(sum_KD float64, count_K int64) of the rows of every centre: add those of blocks, then `new_centres`.
 
     float64, so that the order in which blocks are added doesn't show in float32 centres.
     """
@@ -69,7 +71,7 @@ def reseed_empty(
 
 @dataclass(frozen=True)
 class Clustering:
-    """Centres, the nearest centre of every row, and per pass the mean cosine and the number of empty centres."""
+    """Centres, nearest centre of every row; per pass the mean cosine and the number of empty centres."""
 
     centre_KD: torch.Tensor
     id_N: torch.Tensor
@@ -129,7 +131,7 @@ def purity(cluster_N: np.ndarray | torch.Tensor, label_N: np.ndarray | torch.Ten
 
 
 def nmi(cluster_N: np.ndarray | torch.Tensor, label_N: np.ndarray | torch.Tensor) -> float:
-    """Normalised mutual information of clusters and labels, arithmetic mean of the entropies (scikit-learn)."""
+    """Normalised mutual information of clusters and labels, arithmetic mean of the entropies."""
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(np.asarray(label_N), np.asarray(cluster_N)))

@@ -27,7 +27,7 @@ class GroupMetric:
 
 
 def wilson_interval(correct: float, count: float, z: float = Z95) -> tuple[float, float]:
-    """Interval of a proportion (Wilson 1927): sensible near 0 and 1 and for few samples. (0, 1) for no sample."""
+    """Interval of a proportion (Wilson 1927), sensible near 0 and 1 and for few samples. (0, 1) of none."""
     if count <= 0:
         return 0.0, 1.0
     if not 0 <= correct <= count:
@@ -46,8 +46,8 @@ def metrics_by_group(
 ) -> list[GroupMetric]:
     """Accuracy, count and Wilson 95 % interval of every group, and of all samples as the last row.
 
-    `correct` bool (N,); `order` names the groups in the order wanted, groups without samples included; by default
-    they are sorted by name. Raises ValueError for unequal lengths or a group missing from `order`.
+    `correct` bool (N,); `order` names the groups in the order wanted, groups without samples included; by
+    default they are sorted by name. Raises ValueError for unequal lengths or a group missing from `order`.
     """
     names = np.asarray([str(g) for g in groups])
     flags = np.asarray(correct).astype(bool)

@@ -18,7 +18,7 @@ from labelmill.evaluation.ranking import nearest_neighbours
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A linear probe: test accuracy with its Wilson 95 % interval, and what was chosen without the test set."""
+    """Test accuracy of a linear probe, its Wilson 95 % interval, and what was chosen on the training set."""
 
     accuracy: float
     low: float
@@ -69,9 +69,9 @@ def linear_probe(
 ) -> ProbeResult:
     """Multinomial logistic regression on standardised embeddings (scikit-learn, L2, C from `grid`).
 
-    Mean and deviation come from the labelled training rows. C is chosen on a fifth of the labelled training rows,
-    never on the test set, then the probe is fitted again on all of them. Raises ValueError for fewer than two
-    classes.
+    Mean and deviation come from the labelled training rows. C is chosen on a fifth of the labelled training
+    rows, never on the test set, then the probe is fitted again on all of them. Raises ValueError for fewer
+    than two classes.
     """
     from sklearn.model_selection import train_test_split
 

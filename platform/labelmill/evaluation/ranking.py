@@ -15,7 +15,7 @@ _BLOCK = 16_384  # base rows compared at a time: B x block similarities in memor
 
 
 def hits(top_BK: torch.Tensor, target_BP: torch.Tensor) -> torch.Tensor:
-    """bool (B, K): is the k-th result one of the true labels? `target` may be (B,) or (B, P) padded with -1."""
+    """bool (B, K): is the k-th result one of the true labels? `target` is (B,) or (B, P), padded -1."""
     target_BP = target_BP[:, None] if target_BP.dim() == 1 else target_BP
     known_BP = target_BP >= 0
     return ((top_BK[:, :, None] == target_BP[:, None, :]) & known_BP[:, None, :]).any(dim=2)
@@ -54,8 +54,8 @@ def unit_rows(emb_ND: torch.Tensor, what: str = "embeddings") -> torch.Tensor:
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
         raise DataError(
-            f"{what}: row {first} has length {float(norm_N[first])}; {int(bad.sum())} of {len(emb_ND)} rows are "
-            "zero or not finite and have no direction"
+            f"{what}: row {first} has length {float(norm_N[first])}; {int(bad.sum())} of {len(emb_ND)} rows "
+            "are zero or not finite and have no direction"
         )
     return emb_ND / norm_N[:, None]
 
@@ -86,7 +86,7 @@ def nearest_neighbours(
 def merge_top(
     best_BK: torch.Tensor, id_BK: torch.Tensor, score_BN: torch.Tensor, first_id: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of a kept list and a block of scores whose ids start at `first_id`; sorted, lower id first."""
+    """The k best of a kept list and a block of scores from `first_id` on; lower id first."""
     new_BK, column_BK = score_BN.topk(min(k, score_BN.shape[1]), dim=1)
     # topk takes any of the equals at its edge; where there are some, sort the row to take the lower ids
     tied = ((score_BN >= new_BK[:, -1:]).sum(dim=1) > new_BK.shape[1]).nonzero()[:, 0]
@@ -106,7 +106,7 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """{"recall@1": ...}: share of rows with a row of the same label among the k nearest others.
 
-    Rows whose label occurs once have nothing to find and are left out. Raises ValueError when that is all rows.
+    Rows whose label occurs once have nothing to find and are left out. ValueError when that is all.
     """
     ks = tuple(ks)
     _, inverse, counts = label_N.unique(return_inverse=True, return_counts=True)
@@ -114,7 +114,7 @@ def retrieval_recall(
     if not len(rows):
         raise ValueError("retrieval recall needs a label with at least two rows")
     unit_ND = unit_rows(emb_ND)
-    found = {k: 0 for k in ks}
+    found = dict.fromkeys(ks, 0)
     for lo in range(0, len(rows), block):
         here = rows[lo : lo + block]
         _, near = nearest_neighbours(unit_ND[here], unit_ND, min(max(ks) + 1, len(unit_ND)))
@@ -132,8 +132,8 @@ def cosine_summary(
 ) -> dict[str, object]:
     """Cosines of random pairs with the same and with different labels: means, spread, separation and samples.
 
-    `separation` is the chance that a same-label pair is nearer than a different-label pair (the area under the
-    ROC curve); `same` and `different` hold the cosines themselves, for a histogram.
+    `separation` is the chance that a same-label pair is nearer than a different-label pair (the area under
+    the ROC curve); `same` and `different` hold the cosines themselves, for a histogram.
     """
     generator = torch.Generator().manual_seed(seed)
     unit_ND, label_N = unit_rows(emb_ND).cpu(), label_N.cpu()

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Ranks:
     """A process group seen from one of its ranks."""
@@ -26,7 +29,7 @@ class Ranks:
         if self.world == 1:
             return [numbers]
         out = torch.empty(self.world, len(numbers), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(out, torch.tensor([numbers], device=device), group=self.group)
+        _all_gather(out, torch.tensor([numbers], device=device), group=self.group)
         return out.tolist()
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
@@ -41,7 +44,7 @@ class Ranks:
             padded[: rows.shape[0]] = rows
             rows = padded
         out = rows.new_empty(self.world * most, *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous(), group=self.group)
+        _all_gather(out, rows.contiguous(), group=self.group)
         if min(counts) == most:
             return out
         return torch.cat([out[r * most : r * most + n] for r, n in enumerate(counts)])

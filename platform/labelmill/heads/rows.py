@@ -15,7 +15,7 @@ SMALLEST_NORM = 1e-12
 
 
 class Scratch:
-    """Memory that steps hand on to each other: fresh pages of a large tensor cost more than the work on it."""
+    """Memory that steps hand on: fresh pages of a large tensor cost more than the work on it."""
 
     def __init__(self) -> None:
         self._idle: dict[str, Tensor] = {}

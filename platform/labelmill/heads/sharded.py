@@ -279,8 +279,8 @@ class ShardedHead:
         empty_N = used_N & ~(ids_NP >= 0).any(dim=1)
         if bool(empty_N.any()):
             raise DataError(
-                f"{_where(int(empty_N.nonzero()[0]), counts)} has no positive class. Drop such samples or give "
-                "them weight 0."
+                f"{_where(int(empty_N.nonzero()[0]), counts)} has no positive class. Drop such "
+                "samples or give them weight 0."
             )
 
     def _own_pairs(self, batch: GlobalBatch) -> tuple[Pairs, StepRows]:

@@ -15,6 +15,7 @@ a chunk, K (sample, positive) pairs whose class this rank owns, D embedding size
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from labelmill.losses.margins import apply_margin
 if TYPE_CHECKING:
     from labelmill.heads.config import HeadConfig
 
-CHUNK_ELEMENTS = 2**21  # logits of a chunk: 8 MiB of float32, so that the passes over it stay near the caches
+CHUNK_ELEMENTS = 2**20  # logits of a chunk: 4 MiB of float32, so that the passes over it stay near the caches
 PAIRS_AT_ONCE = 4096
 
 
@@ -86,12 +87,12 @@ class HeadPass:
         self.config, self.rows, self.batch, self.pairs = config, rows, batch, pairs
         self.scratch = scratch
         self.count = batch.x_ND.shape[0]
-        self.step = chunk_rows(self.count)
+        self.step = max(1, min(chunk_rows(self.count), len(rows)))
         bounds = [*range(0, len(rows), self.step), len(rows)] if len(rows) else [0]
-        self.spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+        self.spans = list(itertools.pairwise(bounds))
         edges = torch.tensor(bounds, device=pairs.at_K.device)
         cuts = torch.searchsorted(pairs.at_K, edges).tolist()
-        self.pair_spans = list(zip(cuts[:-1], cuts[1:], strict=True))
+        self.pair_spans = list(itertools.pairwise(cuts))
         self.top_N = batch.x_ND.new_full((self.count,), -torch.inf) if use_max else None
         self.chunk_top: list[Tensor] = []  # the maximum that each chunk's exponentials are relative to
         self.kept: list[Tensor] = []  # exponentials of the first chunks, as many as the memory budget holds
@@ -136,7 +137,10 @@ class HeadPass:
         return value
 
     def _scan(self, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Chunks once: similarity of own pairs (K,), sum of exponentials (N,), and their pull on each sample (N, D)."""
+        """Every chunk once.
+
+        Returns: similarity of own pairs (K,), sum of exponentials (N,), their pull on each sample (N, D).
+        """
         x_ND = self.batch.x_ND
         sims_K = x_ND.new_empty(self.pairs.at_K.numel())
         total_N, pull_ND = x_ND.new_zeros(self.count), torch.zeros_like(x_ND)
@@ -186,8 +190,8 @@ class HeadPass:
 
     @staticmethod
     def _subtract_top_(z_RN: Tensor, top_N: Tensor) -> None:
-        # a sample without any negative so far has top -inf and only -inf logits: leave them, -inf + inf is
-        # NaN
+        # a sample without any negative so far has top -inf and only -inf logits: leave them, -inf + inf
+        # is NaN
         z_RN.sub_(torch.where(torch.isfinite(top_N), top_N, 0.0))
 
     def _loss(self, stats_NQ: Tensor, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +217,7 @@ class HeadPass:
     # --- backward ---------------------------------------------------------------------------------------
 
     def backward(self, factor: Tensor, pending: PendingRows) -> Tensor:
-        """Adds the rows' gradient to `pending`; returns that of this rank's embeddings, both times `factor`."""
+        """Adds the rows' gradient to `pending`; returns that of own embeddings; both times `factor`."""
         x_ND = self.batch.x_ND
         places_S = pending.make_room(self.rows.ids_S, self.w_CD)
         scaled_ND = x_ND * self.coefficient_N[:, None]

@@ -75,7 +75,7 @@ def load_range(
     start: int,
     stop: int,
 ) -> dict[str, str]:
-    """Copies the classes [start, stop) into the tensors, from whichever files hold them; returns a file's notes.
+    """Copies the classes [start, stop) into the tensors from the files that hold them; returns the notes.
 
     `entries` are in order of classes (`check_cover`). Raises DataError for a missing file or tensor, or other
     shapes.

@@ -31,7 +31,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def masked_logsumexp(x_NP: Tensor, mask_NP: Tensor) -> Tensor:
-    """Log-sum-exp over the True entries, (N,); a row without any gives the lowest finite value and no gradient."""
+    """Log-sum-exp over the True entries, (N,); without any, the lowest finite value and no gradient."""
     lowest = torch.finfo(x_NP.dtype).min
     return torch.logsumexp(x_NP.masked_fill(~mask_NP, lowest), dim=1)
 
@@ -42,7 +42,7 @@ def masked_mean(x_NP: Tensor, mask_NP: Tensor) -> Tensor:
 
 
 class Softmax(StrictModel):
-    """Cross-entropy of the one positive: ln(e^z + sum_neg e^z_j) - z. Raises DataError for several positives."""
+    """Cross-entropy of the one positive: ln(e^z + sum_neg e^z_j) - z. DataError for several positives."""
 
     kind: Literal["softmax"] = "softmax"
 
@@ -51,8 +51,8 @@ class Softmax(StrictModel):
         if count_N.numel() and int(count_N.max()) > 1:
             index = int(count_N.argmax())
             raise DataError(
-                f"loss softmax takes one positive a sample, sample {index} of the batch has
-                {int(count_N[index])}. " "Use loss.kind multi_softmax, decoupled, mlcd or mlc."
+                f"loss softmax takes one positive a sample, sample {index} of the batch has "
+                f"{int(count_N[index])}. Use loss.kind multi_softmax, decoupled, mlcd or mlc."
             )
         z_N = logits_pos_NP.masked_fill(~mask_NP, 0.0).sum(dim=1)
         return softplus(lse_neg_N - z_N)
@@ -96,7 +96,7 @@ class MLC(StrictModel):
 
 
 class MLCD(StrictModel):
-    """Multi-label cluster discrimination (An et al., ECCV 2024, eq. 5): positives and negatives against a threshold.
+    """Multi-label cluster discrimination (An et al., ECCV 2024, eq. 5): each side against a threshold.
 
     L = ln(1 + sum_pos e^-(z_i - b)) + ln(1 + sum_neg e^(z_j - b)); the paper's b is 0.
     """

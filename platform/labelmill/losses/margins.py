@@ -58,7 +58,7 @@ MarginConfig = Annotated[Margin, Field(discriminator="kind")]
 
 
 def apply_margin(cos: Tensor, margin: Margin) -> Tensor:
-    """Cosines of positives, any shape, with the margin applied; the derivative is exact unless straight-through.
+    """Cosines of positives, any shape, with the margin; the derivative is exact unless straight-through.
 
     An angle past pi continues downwards (the psi of SphereFace, Liu et al. 2017, eq. 5): there the bare
     cos(m1 theta + m2) would rise again and push a far positive further away. With `straight_through` the

@@ -1,7 +1,7 @@
 """Which MLflow store a run belongs to, and the settings MLflow takes from the environment.
 
-MLflow reads its URI, credentials, time-outs and telemetry switch from environment variables and module globals.
-Everything here sets them for the length of a `with` block and puts them back, one thread at a time.
+MLflow reads its URI, credentials, time-outs and telemetry switch from environment variables and module
+globals. Everything here sets them for the length of a `with` block and puts them back, one thread at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Store:
 
     Attributes:
         uri: MLflow tracking URI.
-        registry_uri: MLflow registry URI; the same unless `$MLFLOW_REGISTRY_URI` goes with the tracking variable.
+        registry_uri: MLflow registry URI; the same unless `$MLFLOW_REGISTRY_URI` goes with the tracking
+            variable.
         artifacts: root of new experiments' artifacts; None leaves it to the server.
         config: the job's section, for credentials and time-outs.
     """
@@ -47,7 +48,7 @@ class Store:
 
     @classmethod
     def of(cls, config: TrackingConfig, output: str | Path = "runs") -> Store:
-        """The store a config means: its `uri`, else `$MLFLOW_TRACKING_URI`, else sqlite and a folder in `output`.
+        """The store a config means: `uri`, else `$MLFLOW_TRACKING_URI`, else sqlite and a folder in `output`.
 
         Raises TrackingError for a plain folder, which MLflow no longer supports.
         """
@@ -58,13 +59,15 @@ class Store:
         scheme = urlsplit(uri).scheme
         if scheme in ("", "file"):
             raise TrackingError(
-                f"tracking store {uri}: MLflow no longer keeps runs in plain folders. Give an http(s) server or a "
-                "database such as sqlite:///runs/mlflow.db in tracking.uri or MLFLOW_TRACKING_URI."
+                f"tracking store {uri}: MLflow no longer keeps runs in plain folders. Give an http(s) "
+                "server or a database such as sqlite:///runs/mlflow.db in tracking.uri or MLFLOW_TRACKING_URI."
             )
         file = _sqlite_file(uri)
         if file is not None:
             uri = _sqlite_uri(file)
-        artifacts = None if scheme.startswith("http") or scheme.startswith("databricks") else output / "mlartifacts"
+        artifacts = (
+            None if scheme.startswith("http") or scheme.startswith("databricks") else output / "mlartifacts"
+        )
         if file is not None:
             artifacts = file.parent / "mlartifacts"
         return cls(uri, registry or uri, None if artifacts is None else artifacts.as_uri(), config)
@@ -80,7 +83,7 @@ class Store:
         With `create` the folder of a local store is made; MLflow makes the database in it.
         """
         if self.is_server:
-            self._check_server()
+            check_server(self)
         file = _sqlite_file(self.uri)
         if file is None:
             return
@@ -92,32 +95,6 @@ class Store:
                 "MLFLOW_TRACKING_URI at the store that holds the runs."
             )
 
-    def _check_server(self) -> None:
-        """GET /health in a thread of its own, because name resolution has no time-out."""
-        failure: list[str] = ["no answer"]
-
-        def ask() -> None:
-            try:
-                with urllib.request.urlopen(self.uri.rstrip("/") + "/health", timeout=self.config.timeout_s):
-                    failure.clear()
-            except urllib.error.HTTPError as error:
-                # another product in front of MLflow may not know /health; it is the API that counts then
-                failure[0] = f"HTTP {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (401, 403, 407):
-                    failure.clear()
-            except (OSError, ValueError) as error:
-                failure[0] = str(getattr(error, "reason", error)) or type(error).__name__
-
-        thread = threading.Thread(target=ask, name="tracking-health", daemon=True)
-        thread.start()
-        thread.join(self.config.timeout_s)
-        if failure:
-            raise TrackingError(
-                f"tracking server {self.uri} doesn't answer within {self.config.timeout_s:g} s ({failure[0]}). "
-                "Start it, correct tracking.uri, or unset MLFLOW_TRACKING_URI to use a local store in the output "
-                "folder."
-            )
-
     def credentials(self) -> dict[str, str]:
         """Environment variables that carry the config's user, password and token."""
         secrets = {
@@ -126,6 +103,34 @@ class Store:
             "MLFLOW_TRACKING_TOKEN": self.config.token,
         }
         return {name: secret.get_secret_value() for name, secret in secrets.items() if secret is not None}
+
+
+def check_server(store: Store) -> None:
+    """Asks an HTTP server for /health. Raises TrackingError when it doesn't answer in `config.timeout_s`."""
+    uri, timeout_s = store.uri, store.config.timeout_s
+    failure: list[str] = ["no answer"]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout_s):
+                failure.clear()
+        except urllib.error.HTTPError as error:
+            # another product in front of MLflow may not know /health; it is the API that counts then
+            failure[0] = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (401, 403, 407):
+                failure.clear()
+        except (OSError, ValueError) as error:
+            failure[0] = str(getattr(error, "reason", error)) or type(error).__name__
+
+    # in a thread of its own, because name resolution has no time-out
+    thread = threading.Thread(target=ask, name="tracking-health", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failure:
+        raise TrackingError(
+            f"tracking server {uri} doesn't answer within {timeout_s:g} s ({failure[0]}). Start it, correct "
+            "tracking.uri, or unset MLFLOW_TRACKING_URI to use a local store in the output folder."
+        )
 
 
 def import_mlflow() -> Any:
@@ -148,7 +153,10 @@ def import_mlflow() -> Any:
 
 @contextlib.contextmanager
 def settings(store: Store, timeout_s: float, retries: int, keep_user: bool = False) -> Iterator[None]:
-    """MLflow's environment for calls to `store`, put back afterwards. With `keep_user` the user's own limits win."""
+    """MLflow's environment for calls to `store`, put back afterwards.
+
+    With `keep_user` limits that the user's own environment sets stay as they are.
+    """
     values = {
         **store.credentials(),
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),

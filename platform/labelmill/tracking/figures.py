@@ -1,7 +1,7 @@
 """Figures of reports: one look, readable at the width of a README (900 pixels).
 
-matplotlib is imported when a figure is drawn. Only `Figure` objects are used, never pyplot: nothing global, no
-display, safe in threads and workers.
+matplotlib is imported when a figure is drawn. Only `Figure` objects are used, never pyplot: nothing global,
+no display, safe in threads and workers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _DPI = 120
 _WIDTH = 7.5  # inches; 900 pixels
 
 
-def loss_curve(history: Sequence[Mapping[str, float]], path: str | Path, key: str = "loss", title: str = "") -> Path:
+def loss_curve(
+    history: Sequence[Mapping[str, float]], path: str | Path, key: str = "loss", title: str = ""
+) -> Path:
     """Training loss over steps: the raw values pale, their moving average strong, the learning rate below.
 
     `history` holds a mapping per logged step with `step`, `key` and, if there is a rate panel, `lr`.
@@ -65,7 +67,15 @@ def lines(
     figure = _figure(3.8)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
-        axes.plot(x, y, color=_color(index), linewidth=2.0, marker="o" if markers else None, markersize=5, label=name)
+        axes.plot(
+            x,
+            y,
+            color=_color(index),
+            linewidth=2.0,
+            marker="o" if markers else None,
+            markersize=5,
+            label=name,
+        )
     if log_x:
         axes.set_xscale("log")
     else:
@@ -89,7 +99,7 @@ def bars_by_group(
 ) -> Path:
     """Bars side by side in each group, one colour a series; the first series is the one that matters.
 
-    `errors` holds half-widths of intervals by series. Values are written over the bars while there are few of them.
+    `errors` holds half-widths of intervals by series. Values are written over the bars while there are few.
     """
     figure = _figure(4.0)
     axes = figure.subplots()
@@ -124,25 +134,30 @@ def stacked_parts(
 ) -> Path:
     """Where the time of a step goes: a bar per part, each starting where the one above it ends.
 
-    `parts` holds seconds by part, in the order of time: a mean, or the measured values (their median is shown).
+    `parts` holds seconds by part, in the order of time: a mean, or the measured values, whose median is
+    shown.
     """
-    seconds = {name: float(np.median(v) if isinstance(v, Sequence | np.ndarray) else v) for name, v in parts.items()}
+    seconds = {
+        name: float(np.median(v) if isinstance(v, Sequence | np.ndarray) else v) for name, v in parts.items()
+    }
     total = sum(seconds.values())
     unit, scale = ("ms", 1e3) if total < 1 else ("s", 1.0)
     figure = _figure(0.9 + 0.3 * len(seconds))
     axes = figure.subplots()
     left = 0.0
-    for row, (name, part) in enumerate(seconds.items()):
+    for row, part in enumerate(seconds.values()):
         width = part * scale
         axes.barh([row], [width], left=left, height=0.72, color=_color(row))
         text = f"{_short(width)} {unit}  {part / total if total else 0:.0%}"
         # beside the bar where there is room, else in it
         place, side, colour = left + width, "left", INK
         if left + width > 0.8 * total * scale:
-            place, side, colour = (left, "right", INK) if left > 0.2 * total * scale else (left + width, "right", "white")
+            place, side, colour = (
+                (left, "right", INK) if left > 0.2 * total * scale else (left + width, "right", "white")
+            )
         axes.annotate(
-            text, (place, row), (5 if side == "left" else -5, 0), textcoords="offset points", ha=side, va="center",
-            fontsize=9, color=colour,
+            text, (place, row), (5 if side == "left" else -5, 0), textcoords="offset points", ha=side,
+            va="center", fontsize=9, color=colour,
         )  # fmt: skip
         left += width
     axes.set_yticks(range(len(seconds)), list(seconds))
@@ -167,21 +182,26 @@ def image_grid(
 ) -> Path:
     """Nearest neighbours: the first column holds the query, set apart by a gap and a frame.
 
-    `images` is uint8 (rows x columns, H, W), (..., H, W, 1) or (..., H, W, 3), row by row; `titles` has one text per
-    image (empty for none). Raises ValueError when the numbers don't fit.
+    `images` is uint8 (rows x columns, H, W), (..., H, W, 1) or (..., H, W, 3), row by row; `titles` has one
+    text per image (empty for none). Raises ValueError when the numbers don't fit.
     """
     if len(images) != rows * columns or len(titles) not in (0, rows * columns):
-        raise ValueError(f"a grid of {rows} x {columns} needs {rows * columns} images and titles, not {len(images)}")
+        raise ValueError(
+            f"a grid of {rows} x {columns} needs {rows * columns} images and titles, not {len(images)}"
+        )
     from matplotlib.gridspec import GridSpec
 
     side = min(1.15, _WIDTH / (columns + 0.6))
     caption = 0.17 if any(titles) else 0.03
-    width, height = side * (columns + 0.35), rows * (side + caption) + (0.25 if column_titles else 0) + (0.3 if title else 0)
+    width, height = (
+        side * (columns + 0.35),
+        rows * (side + caption) + (0.25 if column_titles else 0) + (0.3 if title else 0),
+    )
     figure = _figure(height, width, layout=None)
     top = 1 - ((0.25 if column_titles else 0) + (0.3 if title else 0)) / height
     grid = GridSpec(
-        rows, columns + 1, figure, left=0.01, right=0.99, bottom=0.01, top=top - caption / height * 0.9, wspace=0.08,
-        hspace=(caption + 0.05) / side, width_ratios=[1, 0.22, *([1] * (columns - 1))],
+        rows, columns + 1, figure, left=0.01, right=0.99, bottom=0.01, top=top - caption / height * 0.9,
+        wspace=0.08, hspace=(caption + 0.05) / side, width_ratios=[1, 0.22, *([1] * (columns - 1))],
     )  # fmt: skip
     for row in range(rows):
         for column in range(columns):
@@ -189,7 +209,9 @@ def image_grid(
             axes = figure.add_subplot(grid[row, column if column == 0 else column + 1])
             image = np.asarray(images[number])
             image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-            axes.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(
+                image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255, interpolation="nearest"
+            )
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
@@ -205,7 +227,9 @@ def image_grid(
                     textcoords="offset points", ha="center", fontsize=9, color=INK,
                 )  # fmt: skip
     if title:
-        figure.suptitle(title, x=0.01, ha="left", y=1 - 0.08 / height, va="top", fontsize=11, color=INK, fontweight="bold")
+        figure.suptitle(
+            title, x=0.01, ha="left", y=1 - 0.08 / height, va="top", fontsize=11, color=INK, fontweight="bold"
+        )
     return _save(figure, path)
 
 
@@ -218,7 +242,10 @@ def histograms(
     ylabel: str = "density",
 ) -> Path:
     """Distributions on one axis, each normalised to area 1: filled outlines in the colours of the series."""
-    finite = {name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))] for name, v in values.items()}
+    finite = {
+        name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))]
+        for name, v in values.items()
+    }
     filled = [v for v in finite.values() if len(v)]
     low, high = (min(v.min() for v in filled), max(v.max() for v in filled)) if filled else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
@@ -229,7 +256,9 @@ def histograms(
             continue
         heights, _ = np.histogram(numbers, edges, density=True)
         axes.stairs(heights, edges, fill=True, color=_color(index), alpha=0.22)
-        axes.stairs(heights, edges, color=_color(index), linewidth=1.6, label=f"{name} (n = {len(numbers):,})")
+        axes.stairs(
+            heights, edges, color=_color(index), linewidth=1.6, label=f"{name} (n = {len(numbers):,})"
+        )
     axes.set_ylim(bottom=0)
     _legend(axes)
     _label(axes, xlabel, ylabel, title)
@@ -277,7 +306,9 @@ def _color(index: int) -> str:
 def _group_digits(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if float(value).is_integer() else f"{value:g}"))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if float(value).is_integer() else f"{value:g}")
+    )
 
 
 def _max_ticks(count: int) -> Any:

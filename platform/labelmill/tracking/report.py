@@ -1,7 +1,7 @@
 """The report of a run: one object that is printed, logged and read back.
 
-A report knows nothing of MLflow and of matplotlib: it holds numbers, tables, the files of figures and notes, and
-turns into JSON, Markdown or terminal output. A folder made by `Report.save` holds all of it:
+A report knows nothing of MLflow and of matplotlib: it holds numbers, tables, the files of figures and notes,
+and turns into JSON, Markdown or terminal output. A folder made by `Report.save` holds all of it:
 
     report.json
     report.md
@@ -49,12 +49,16 @@ class Table:
         self.rows = [[_plain(cell) for cell in row] for row in self.rows]
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(f"row {number} has {len(row)} cells, but there are {len(self.columns)} columns")
+                raise ValueError(
+                    f"row {number} has {len(row)} cells, but there are {len(self.columns)} columns"
+                )
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers only (or nothing), so that it is set flush right."""
         cells = [row[column] for row in self.rows if row[column] is not None]
-        return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
+        return bool(cells) and all(
+            isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells
+        )
 
 
 @dataclass
@@ -79,7 +83,9 @@ class Report:
     meta: dict[str, str] = field(default_factory=dict)
     root: Path | None = field(default=None, compare=False, repr=False)
 
-    def add_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
+    def add_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = ""
+    ) -> None:
         """Adds a table; numpy scalars are taken as plain numbers."""
         self.tables[name] = Table(list(columns), [list(row) for row in rows], caption)
 
@@ -91,7 +97,7 @@ class Report:
     # --- JSON -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """JSON text (strict: a number that isn't finite is written as an object); `from_json` gives it back."""
+        """Strict JSON (a number that isn't finite becomes an object); `from_json` gives the report back."""
         content = {
             "schema_version": SCHEMA_VERSION,
             "title": self.title,
@@ -117,14 +123,16 @@ class Report:
             content = json.loads(text)
             if content["schema_version"] != SCHEMA_VERSION:
                 raise DataError(
-                    f"the report has schema version {content['schema_version']}, this labelmill reads {SCHEMA_VERSION}. "
-                    "Read it with the version of labelmill that wrote it."
+                    f"the report has schema version {content['schema_version']}, this labelmill reads "
+                    f"{SCHEMA_VERSION}. Read it with the version of labelmill that wrote it."
                 )
             return cls(
                 title=content["title"],
                 metrics={name: float(_decode(value)) for name, value in content["metrics"].items()},
                 tables={
-                    name: Table(t["columns"], [[_decode(cell) for cell in row] for row in t["rows"]], t["caption"])
+                    name: Table(
+                        t["columns"], [[_decode(cell) for cell in row] for row in t["rows"]], t["caption"]
+                    )
                     for name, t in content["tables"].items()
                 },
                 figures=content["figures"],
@@ -140,8 +148,8 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Writes the report and copies its figures into `folder`; returns it.
 
-        Afterwards this object's figure paths are relative to `folder`. Raises DataError for a figure whose file is
-        missing.
+        Afterwards this object's figure paths are relative to `folder`. Raises DataError for a figure whose
+        file is missing.
         """
         folder = Path(folder)
         (folder / _FIGURES).mkdir(parents=True, exist_ok=True)
@@ -179,7 +187,7 @@ class Report:
         console.print()
         console.rule(Text(self.title, style="bold"), align="left")
         for note in self.notes:
-            console.print(Padding(Text(note), (0, 2)))
+            console.print(Padding(Text(note), (0, 2), expand=False))
         if self.metrics:
             console.print(_rich_table("metrics", _metrics_table(self.metrics)))
         for name, table in self.tables.items():
@@ -229,7 +237,12 @@ def format_cell(cell: Cell) -> str:
 def _metrics_table(metrics: dict[str, float]) -> Table:
     # a metric is a float by type; whole ones (counts) read better without decimals
     rows: list[list[Cell]] = [
-        [name, int(value) if math.isfinite(value) and float(value).is_integer() and abs(value) >= 2 else float(value)]
+        [
+            name,
+            int(value)
+            if math.isfinite(value) and float(value).is_integer() and abs(value) >= 2
+            else float(value),
+        ]
         for name, value in metrics.items()
     ]
     return Table(["metric", "value"], rows)

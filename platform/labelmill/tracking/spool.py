@@ -1,7 +1,8 @@
 """What couldn't be sent to the tracking store, kept in a file until it can.
 
-One JSON object a line, in the order of the calls. Sending a record twice does no harm (MLflow drops a metric point it
-has, a param it has, and overwrites tags and artifacts), so a crash in the middle of a replay costs nothing.
+One JSON object a line, in the order of the calls. Sending a record twice does no harm (MLflow drops a metric
+point it has, a param it has, and overwrites tags and artifacts), so a crash in the middle of a replay costs
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records = _read(path)
+        self._records, whole = _read(path)
+        if not whole:
+            self._rewrite()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -35,7 +38,7 @@ class Spool:
         self._records.append(record)
 
     def replay(self, send: Callable[[Record], bool]) -> bool:
-        """Gives the records to `send` in order until one returns False; keeps the rest. True when none is left."""
+        """Gives the records to `send` in order until one returns False; keeps the rest. True: none is left."""
         done = 0
         for record in self._records:
             if not send(record):
@@ -51,18 +54,20 @@ class Spool:
             self.path.unlink(missing_ok=True)
             return
         part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records), encoding="utf-8")
+        part.write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records), encoding="utf-8"
+        )
         part.replace(self.path)
 
 
-def _read(path: Path) -> list[Record]:
-    """Records of an earlier process; a last line cut by a crash is dropped."""
+def _read(path: Path) -> tuple[list[Record], bool]:
+    """Records of an earlier process, and whether every line was whole: a crash may cut the last one."""
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return [], True
+    records, whole = [], True
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            continue
-    return records
+            whole = False
+    return records, whole

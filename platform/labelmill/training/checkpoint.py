@@ -132,8 +132,7 @@ def read_dense(folder: Path) -> dict[str, Tensor]:
 def restore(folder: Path, engine: Engine, objective: Objective) -> Position:
     """Loads optimizer, heads and random state; the dense weights are already in. Every rank calls it."""
     index = read_index(folder)
-    if index["optimizer_steps"]:
-        engine.load_optimizer(load_file(folder / "optimizer.safetensors"), index["optimizer_steps"])
+    engine.load_optimizer(load_file(folder / "optimizer.safetensors"), index["optimizer_steps"])
     for name, head in objective.heads.items():
         head.load(folder / f"head-{name}", index["heads"][name])
     rng = folder / f"rng-{dist.get_rank()}.safetensors"

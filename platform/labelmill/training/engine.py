@@ -61,6 +61,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.optimizer_steps = 0
+        self._create_moments()
 
     def _deepspeed_config(self) -> dict[str, Any]:
         config = self.config
@@ -174,17 +175,27 @@ class Engine:
         state = {}
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
-                value = self._moment(parameter, moment)
-                if value is not None:
-                    state[f"{moment}.{name}"] = value.detach().float().cpu().clone()
+                state[f"{moment}.{name}"] = self._moment(parameter, moment).detach().float().cpu().clone()
         return state
 
-    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.config.zero_stage == 0:
-            return self._engine.optimizer.state.get(parameter, {}).get(moment)
+            return self._engine.optimizer.state[parameter][moment]
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, moment) if self.optimizer_steps else None
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def _create_moments(self, steps: int = 0) -> None:
+        """Zero moments for every partition. Torch makes them in its first step only, and for a partition of padding never."""
+        zero, stage = self._engine.optimizer, self.config.zero_stage
+        inner = zero if stage == 0 else zero.optimizer
+        flats = zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
+        for flat in flats:
+            inner.state[flat] = {moment: torch.zeros_like(flat) for moment in _MOMENTS}
+            inner.state[flat]["step"] = torch.tensor(float(steps))
+        if stage in (1, 2):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
     def load_optimizer(self, moments: dict[str, Tensor], steps: int) -> None:
@@ -192,21 +203,12 @@ class Engine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.optimizer_steps = steps
-        zero = self._engine.optimizer
-        stage = self.config.zero_stage
-        inner = zero if stage == 0 else zero.optimizer
-        flats = zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
-        for flat in flats:
-            # torch creates this state in its first step; the shapes are those of the rank's own partition
-            inner.state[flat] = {moment: torch.zeros_like(flat) for moment in _MOMENTS}
-            inner.state[flat]["step"] = torch.tensor(float(steps))
-        if stage in (1, 2):
-            zero._lazy_init_hp_params_optimizer_state()
+        self._create_moments(steps)
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
                 value = moments[f"{moment}.{name}"].to(self.device)
-                if stage == 0:
-                    inner.state[parameter][moment].copy_(value)
+                if self.config.zero_stage == 0:
+                    self._engine.optimizer.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)
 

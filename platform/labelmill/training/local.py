@@ -84,6 +84,8 @@ def _work(
     if sys.platform == "linux":
         # all ranks are here: the loopback always answers, the host's own name may not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # what a launcher sets and DeepSpeed asks for
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
         value = _find(*where)(rank, world, *args)
@@ -103,7 +105,8 @@ def _find(module: str, file: str, qualname: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
     except ImportError:
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None, file
+        assert spec.loader is not None, file
         found = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found)
     for part in qualname.split("."):

@@ -1,0 +1,235 @@
+"""The command line: thin commands over the Python verbs.
+
+Exit codes: 0 done; 2 something the user can mend (one paragraph, no traceback); 1 a failure of the program (the
+traceback goes to the run's log file, its place is named).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from labelmill import __version__
+from labelmill.errors import UserError
+
+app = typer.Typer(
+    name="labelmill",
+    help="Distributed streaming training where the labels are the hard part.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Registered models: list, show, promote, predict.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: import, inspect, verify.", no_args_is_help=True)
+import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
+data_app.add_typer(import_app, name="import")
+
+console = Console()
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="override a field, e.g. train.epochs=1")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="folder of runs and of the local tracking store")]
+UriOption = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow URI; default $MLFLOW_TRACKING_URI, else the local store")
+]
+
+
+@app.command()
+def run(
+    job: Annotated[Path, typer.Argument(help="a job file (YAML)")],
+    overrides: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of keeping finished stages")] = False,
+) -> None:
+    """Run a job to its report; a run that was interrupted continues."""
+    from labelmill import api
+
+    api.run(job, overrides or [], fresh=fresh, console=console)
+
+
+@app.command()
+def validate(job: Annotated[Path, typer.Argument(help="a job file (YAML)")], overrides: SetOption = None) -> None:
+    """Check a job file and print it with every default filled in."""
+    from labelmill import api
+
+    console.print_json(json.dumps(api.resolved(api.check(job, overrides or []))))
+
+
+@app.command()
+def schema(workload: Annotated[str, typer.Argument(help="as `labelmill workloads` lists it")]) -> None:
+    """Print the JSON schema of a workload's job file."""
+    from labelmill import api
+
+    print(json.dumps(api.schema(workload), indent=2))
+
+
+@app.command()
+def workloads(name: Annotated[str | None, typer.Argument(help="show this method's card")] = None) -> None:
+    """List the methods, or show the card of one."""
+    from labelmill import api
+    from labelmill.workload import find_workload
+
+    if name:
+        console.print(Markdown(api.card(name)))
+        return
+    table = Table("workload", "what it does", box=None, header_style="bold", pad_edge=False)
+    for known in api.workload_names():
+        table.add_row(known, find_workload(known).summary)
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine, and what to do about what doesn't."""
+    from labelmill.doctor import examine
+
+    findings = examine()
+    table = Table("", "part", "finding", "what to do", box=None, header_style="bold", pad_edge=False)
+    for finding in findings:
+        mark = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]fail[/]"}[finding.state]
+        table.add_row(mark, finding.part, finding.text, finding.advice)
+    console.print(table)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+def _tracking(uri: str | None) -> Any:
+    from labelmill.job import TrackingConfig
+
+    return TrackingConfig(uri=uri)
+
+
+@models_app.command("list")
+def models_list(output: OutputOption = Path("runs"), tracking_uri: UriOption = None) -> None:
+    """Registered models with their versions and aliases."""
+    from labelmill.tracking import registry
+
+    table = Table("model", "latest", "aliases", "predictor", box=None, header_style="bold", pad_edge=False)
+    for model in registry.list_models(_tracking(tracking_uri), output):
+        aliases = ", ".join(f"{alias} → {version}" for alias, version in sorted(model.aliases.items()))
+        table.add_row(model.name, str(model.latest), aliases, model.predictor)
+    console.print(table)
+
+
+@models_app.command("show")
+def models_show(name: str, output: OutputOption = Path("runs"), tracking_uri: UriOption = None) -> None:
+    """Versions of a model: aliases, run, metrics."""
+    from labelmill.tracking import registry
+
+    for version in registry.show(_tracking(tracking_uri), output, name):
+        registry.render_version(version, console)
+
+
+@models_app.command("promote")
+def models_promote(
+    name: str,
+    version: Annotated[str, typer.Option(help="a version number or an alias")] = "candidate",
+    output: OutputOption = Path("runs"),
+    tracking_uri: UriOption = None,
+) -> None:
+    """Make a version the champion; the former champion stays under the alias `previous`."""
+    from labelmill import api
+
+    moved = api.promote(name, version, output, _tracking(tracking_uri))
+    console.print(f"{name}: champion is now version {moved}", highlight=False)
+
+
+@models_app.command("predict")
+def models_predict(
+    model: Annotated[str, typer.Argument(help="NAME, NAME@alias or NAME/version")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="an input; repeat for several")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="an image file; repeat for several")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="a text file, an input a line")] = None,
+    k: Annotated[int, typer.Option("-k", help="ranked classes an input")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table")] = False,
+    output: OutputOption = Path("runs"),
+    tracking_uri: UriOption = None,
+) -> None:
+    """Ask a registered model."""
+    from labelmill import api
+
+    inputs: list[Any] = list(text or [])
+    if file:
+        if not file.is_file():
+            raise UserError(f"--file {file}: no such file.")
+        inputs += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for path in image or []:
+        if not path.is_file():
+            raise UserError(f"--image {path}: no such file.")
+        inputs.append(path.read_bytes())
+    if not inputs:
+        raise UserError("nothing to predict: give --text, --image or --file.")
+    frame = api.predict(model, inputs, k, output, _tracking(tracking_uri))
+    names = [t if isinstance(t, str) else str((image or [])[i - len(inputs)]) for i, t in enumerate(inputs)]
+    if as_json:
+        for record in frame.to_dict("records"):
+            print(json.dumps(record | {"input": names[int(record["input"])]}, ensure_ascii=False, default=list))
+        return
+    table = Table("input", "answers, best first", box=None, header_style="bold", pad_edge=False)
+    for index, name in enumerate(names):
+        rows = frame[frame["input"] == index]
+        if "class" in rows:
+            answers = ", ".join(f"{row['class']} ({row['score']:.2f})" for _, row in rows.iterrows())
+        else:
+            answers = str(rows.iloc[0].drop("input").to_dict())[:200]
+        table.add_row(name, answers)
+    console.print(table)
+
+
+# --- main -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes."""
+    from labelmill.cluster import set_environment
+
+    set_environment()
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("stopped; run the same command again to continue", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        # click's own usage errors know how to show themselves
+        if hasattr(error, "exit_code") and hasattr(error, "show"):
+            error.show()
+            sys.exit(2)
+        place = getattr(error, "labelmill_log", None) or _write_traceback()
+        name = type(error).__name__
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]failed:[/] {_escape(f'{name}: {first}')}\nThe traceback is in {place}", highlight=False
+        )
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _write_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="labelmill-", suffix=".log", delete=False) as file:
+        file.write(f"labelmill {__version__}, {' '.join(sys.argv)}\n{traceback.format_exc()}")
+    return file.name
+
+
+if __name__ == "__main__":
+    main()

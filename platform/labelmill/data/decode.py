@@ -1,0 +1,196 @@
+"""Encoded field values -> arrays. A value that can't be decoded becomes a hole that is named, not an exception.
+
+Shape legend: B samples, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from PIL import Image
+
+from labelmill.data.manifest import FieldSpec
+from labelmill.errors import DataError
+
+Bad = list[tuple[str, str]]
+"""(key, reason) of each value that couldn't be decoded."""
+
+_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_JPEG_SPACES = {1: "GRAY", 3: "RGB"}
+
+
+def decode_images(
+    column: pa.Array | pa.ChunkedArray,
+    keys: Sequence[str],
+    size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+) -> tuple[np.ndarray, np.ndarray, Bad]:
+    """Decodes B encoded images (JPEG, PNG, WebP and whatever else Pillow reads).
+
+    Args:
+        column: encoded bytes.
+        keys: sample keys, to name what is bad.
+        size: side, or (H, W), that every image is resized to (antialiased, aspect not kept); None keeps the size,
+            which then must be the same for all.
+        channels: 1 grey, 3 RGB, 4 RGBA. Transparent images are laid over white unless 4 is asked for.
+
+    Returns:
+        images (B, H, W, C) uint8, zeros where bad; valid (B,) bool; the bad ones.
+
+    Raises DataError when sizes differ and `size` is None, or no image at all can be decoded and so none has a size.
+    """
+    if channels not in _PIL_MODES:
+        raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
+    height_width = (size, size) if isinstance(size, int) else size
+    valid_B = np.zeros(len(column), dtype=bool)
+    bad: Bad = []
+    out: np.ndarray | None = None
+    first = ""
+    if height_width is not None:
+        out = np.zeros((len(column), *height_width, channels), dtype=np.uint8)
+    for i, raw in enumerate(binary_views(column)):
+        try:
+            image = decode_image(raw, height_width, channels)
+        except ValueError as error:
+            bad.append((keys[i], str(error)))
+            continue
+        if out is None:
+            out, first = np.zeros((len(column), *image.shape), dtype=np.uint8), keys[i]
+        if image.shape != out.shape[1:]:
+            raise DataError(
+                f"images differ in size: sample {keys[i]!r} is {_show(image.shape)}, {first!r} is "
+                f"{_show(out.shape[1:])}. Give a size that every image is resized to (image_size)."
+            )
+        out[i] = image
+        valid_B[i] = True
+    if out is None and not len(column):
+        out = np.zeros((0, 0, 0, channels), dtype=np.uint8)
+    if out is None:
+        key, reason = bad[0]
+        raise DataError(
+            f"none of {len(bad)} images can be decoded, the first is {key!r}: {reason}. Is this field an image? "
+            "`labelmill data verify` lists what is bad."
+        )
+    return out, valid_B, bad
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def decode_image(raw: bytes | memoryview | None, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """One image as uint8 (H, W, C). Raises ValueError with the reason when it can't be decoded."""
+    if not raw:
+        raise ValueError("no content")
+    if bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
+        image = _decode_jpeg(raw, size, channels)
+        if image is not None:
+            return image if size is None or image.shape[:2] == size else _resize(image, size)
+    try:
+        with Image.open(io.BytesIO(raw)) as picture:
+            picture.load()
+            flat = _to_mode(picture, channels)
+            if size is not None and flat.size != size[::-1]:
+                flat = flat.resize(size[::-1], Image.Resampling.BILINEAR)
+            return np.asarray(flat).reshape(flat.height, flat.width, channels)
+    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError, EOFError) as error:
+        raise ValueError(str(error).replace(" <_io.BytesIO object>", "") or type(error).__name__) from None
+
+
+def _decode_jpeg(raw: bytes | memoryview, size: tuple[int, int] | None, channels: int) -> np.ndarray | None:
+    """A JPEG through libjpeg-turbo, already scaled down where possible; None leaves it to Pillow (CMYK)."""
+    least = {} if size is None else {"min_height": size[0], "min_width": size[1]}
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
+        if space in ("CMYK", "YCCK"):
+            return None
+        if height > 16384 or width > 16384:
+            return None  # Pillow guards against decompression bombs
+        return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], fastdct=False, **least)
+    except ValueError as error:
+        raise ValueError(f"JPEG: {error}") from None
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    scaled = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR))
+    return scaled.reshape(*size, image.shape[2])
+
+
+def _to_mode(picture: Image.Image, channels: int) -> Image.Image:
+    mode = _PIL_MODES[channels]
+    if picture.mode == mode:
+        return picture
+    if picture.mode.startswith("I"):  # 16 bits; convert() would clip them
+        wide = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray((wide >> 8 if wide.max(initial=0) > 255 else wide).astype(np.uint8))
+    if channels != 4 and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, layer)
+    return picture.convert(mode)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as PNG."""
+    file = io.BytesIO()
+    flat = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    Image.fromarray(np.ascontiguousarray(flat)).save(file, "PNG", compress_level=4)
+    return file.getvalue()
+
+
+def decode_arrays(
+    column: pa.Array | pa.ChunkedArray, spec: FieldSpec, keys: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, Bad]:
+    """Arrays of B samples as (B, *shape); valid (B,) bool; the bad ones.
+
+    NPY bytes are read without pickles; an array of another shape than the first good one is bad.
+    """
+    chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_fixed_size_list(chunk.type):
+        flat = chunk.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(chunk), *(spec.shape or (-1,))), np.ones(len(chunk), dtype=bool), []
+    valid_B = np.zeros(len(chunk), dtype=bool)
+    bad: Bad = []
+    out: np.ndarray | None = None
+    for i, raw in enumerate(binary_views(chunk)):
+        try:
+            array = np.load(io.BytesIO(raw or b""), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            bad.append((keys[i], f"NPY: {error}"))
+            continue
+        if out is None:
+            shape = array.shape if spec.shape is None else spec.shape
+            out = np.zeros((len(chunk), *shape), dtype=array.dtype)
+        if array.shape != out.shape[1:] or array.dtype != out.dtype:
+            found, wanted = f"{array.dtype}{list(array.shape)}", f"{out.dtype}{list(out.shape[1:])}"
+            bad.append((keys[i], f"array is {found}, the others are {wanted}"))
+            continue
+        out[i] = array
+        valid_B[i] = True
+    if out is None:
+        out = np.zeros((len(chunk), *(spec.shape or ())), dtype=spec.dtype or np.float32)
+    return out, valid_B, bad
+
+
+def binary_views(column: pa.Array | pa.ChunkedArray) -> list[memoryview | None]:
+    """Views of the values of a binary column; None for null. Nothing is copied."""
+    out: list[memoryview | None] = []
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        if not len(chunk):
+            continue
+        if chunk.type != pa.binary():
+            chunk = chunk.cast(pa.binary())
+        _, offsets, content = chunk.buffers()
+        starts = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        view = memoryview(content) if content is not None else memoryview(b"")
+        if chunk.null_count:
+            nulls = chunk.is_null().to_pylist()
+            out += [None if n else view[a:z] for n, a, z in zip(nulls, starts[:-1], starts[1:], strict=True)]
+        else:
+            out += [view[a:z] for a, z in zip(starts[:-1], starts[1:], strict=True)]
+    return out

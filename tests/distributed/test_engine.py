@@ -1,0 +1,186 @@
+"""The engine and its heads against a dense float64 reference; 1 and 2 workers; checkpoints. Real gloo processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from labelmill.data.labels import Labels
+from labelmill.data.stream import Batch
+from labelmill.heads.config import HeadConfig
+from labelmill.heads.optim import SGD, AdamW
+from labelmill.heads.sharded import ShardedHead
+from labelmill.losses.margins import CosFace
+from labelmill.training.checkpoint import Position, latest_checkpoint, read_dense, restore, save_checkpoint
+from labelmill.training.config import TrainConfig
+from labelmill.training.engine import Engine, load_dense
+from labelmill.training.local import spawn
+from labelmill.training.objective import Losses, Objective
+
+CLASSES, DIM, INPUT = 203, 16, 12
+
+
+class Toy(Objective):
+    """A small encoder and a sharded head."""
+
+    def __init__(self, head: HeadConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(INPUT, 24), torch.nn.Tanh(), torch.nn.Linear(24, DIM))
+        self._heads = {"classes": ShardedHead(CLASSES, DIM, head, seed=3, dtype=dtype)}
+
+    @property
+    def heads(self) -> dict[str, ShardedHead]:
+        return self._heads
+
+    def forward(self, batch: Batch) -> Losses:
+        return Losses(self._heads["classes"].loss(self.net(batch.inputs), batch.labels, batch.weight_B))
+
+
+def make_batch(step: int, size: int, rank: int = 0, world: int = 1) -> Batch:
+    """Rank's slice of a global batch that depends on the step only."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    inputs = torch.randn(size, INPUT, generator=generator)
+    ids = torch.randint(0, CLASSES, (size, 1), generator=generator)
+    part = slice(rank * size // world, (rank + 1) * size // world)
+    n = part.stop - part.start
+    return Batch([str(i) for i in range(n)], inputs[part], Labels("single", ids[part]), torch.ones(n), torch.arange(n))
+
+
+def run_steps(
+    rank: int, world: int, stage: int, accumulation: int, clip: float | None, steps: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    head = HeadConfig(
+        scale=16.0, margin=CosFace(m=0.2), optimizer=options.get("rows", SGD(momentum=0.9)), block_rows=32,
+        sample_rate=options.get("sample_rate", 1.0),
+    )
+    config = TrainConfig(
+        global_batch=12 * accumulation, steps=steps, accumulation=accumulation, learning_rate=0.05, zero_stage=stage,
+        max_grad_norm=clip, schedule="cosine", warmup=0.2, precision=options.get("precision", "fp32"),
+        weight_decay=0.01,
+    )
+    torch.manual_seed(0)
+    objective = Toy(head)
+    folder = options.get("checkpoint")
+    start = Position(0, 0, "toy")
+    found = latest_checkpoint(Path(folder)) if folder else None
+    if found:
+        load_dense(objective, read_dense(found))
+    engine = Engine(objective, config, torch.device("cpu"))
+    if found:
+        start = restore(found, engine, objective)
+    losses, norms = [], []
+    for step in range(start.step, options.get("until", steps)):
+        total = 0.0
+        for micro in range(accumulation):
+            batch = engine.to_device(make_batch(step * accumulation + micro, 12, rank, world))
+            value = engine.forward(batch)
+            total += float(value.total.detach()) / accumulation
+            engine.backward(value)
+            norm = engine.step(config.rate(step, steps))
+        losses.append(total)
+        norms.append(norm)
+        if folder and step + 1 == options.get("save_at"):
+            save_checkpoint(Path(folder), engine, Position(step + 1, 0, "toy"), keep=2)
+    ids, rows = objective.heads["classes"].start, objective.heads["classes"].w_CD
+    return {"losses": losses, "norms": norms, "dense": engine.dense_state(), "start": ids, "rows": rows.clone()}
+
+
+def reference(accumulation: int, clip: float | None, steps: int) -> dict[str, Any]:
+    """Plain torch in float64, one process, all classes at once."""
+    config = TrainConfig(
+        global_batch=12 * accumulation, steps=steps, learning_rate=0.05, schedule="cosine", warmup=0.2
+    )
+    torch.manual_seed(0)
+    head = HeadConfig(block_rows=32)
+    toy = Toy(head)
+    rows = torch.nn.Parameter(toy.heads["classes"].w_CD.double().clone())
+    net = toy.net.double()
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    biases = [p for p in net.parameters() if p.ndim == 1]
+    dense = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01}, {"params": biases, "weight_decay": 0.0}], lr=1)
+    sgd = torch.optim.SGD([rows], lr=1, momentum=0.9)
+    losses, norms = [], []
+    for step in range(steps):
+        total = 0.0
+        for micro in range(accumulation):
+            batch = make_batch(step * accumulation + micro, 12)
+            emb = torch.nn.functional.normalize(net(batch.inputs.double()))
+            target = batch.labels.ids_BP[:, 0]
+            logits = emb @ torch.nn.functional.normalize(rows).T
+            logits = 16.0 * (logits - 0.2 * torch.nn.functional.one_hot(target, CLASSES))
+            loss = torch.nn.functional.cross_entropy(logits, target) / accumulation
+            loss.backward()
+            total += loss.item()
+        parameters = [*net.parameters(), rows]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip else 1e12)
+        for optimizer in (dense, sgd):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(total)
+        norms.append(float(norm))
+    return {"losses": losses, "norms": norms, "dense": {k: v.detach() for k, v in net.named_parameters()}, "rows": rows.detach()}
+
+
+def all_rows(results: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.cat([r["rows"] for r in sorted(results, key=lambda r: r["start"])])
+
+
+def several(rank: int, world: int, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Many cases in one process group: starting processes is what costs."""
+    return [run_steps(rank, world, *case) for case in cases]
+
+
+CASES = [(stage, accumulation, clip, 6, {}) for stage in (0, 1, 2, 3) for accumulation, clip in ((1, None), (3, 1.5))]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_equals_dense_reference(world: int) -> None:
+    by_rank = spawn(several, world, CASES)
+    for index, (stage, accumulation, clip, steps, _) in enumerate(CASES):
+        results = [ranks[index] for ranks in by_rank]
+        expected = reference(accumulation, clip, steps)
+        label = f"stage {stage}, accumulation {accumulation}, clip {clip}"
+        assert results[0]["losses"] == pytest.approx(expected["losses"], rel=2e-5), label
+        if clip:
+            assert results[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4), label
+            assert max(expected["norms"]) > clip, "the case must clip"
+        torch.testing.assert_close(all_rows(results).double(), expected["rows"], atol=2e-5, rtol=1e-4, msg=label)
+        for name, value in expected["dense"].items():
+            got = results[0]["dense"][f"net.{name}"].double()
+            torch.testing.assert_close(got, value, atol=5e-4, rtol=1e-3, msg=f"{label}: {name}")
+
+
+def test_one_and_two_workers_give_the_same_curve_over_50_steps() -> None:
+    cases = [(stage, 1, 5.0, 50, {"sample_rate": 0.3}) for stage in (0, 2)]
+    one, two = spawn(several, 1, cases)[0], spawn(several, 2, cases)[0]
+    for a, b in zip(one, two, strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
+
+
+def test_resume_continues_the_uninterrupted_run(tmp_path: Path) -> None:
+    cases = []
+    for stage in (0, 1, 2, 3):
+        folder = str(tmp_path / f"stage{stage}")
+        rows = AdamW() if stage == 2 else SGD(momentum=0.9)
+        options = {"sample_rate": 0.5, "rows": rows}
+        cases += [
+            (stage, 1, 2.0, 8, options),
+            (stage, 1, 2.0, 8, options | {"checkpoint": folder, "save_at": 4, "until": 6}),
+            (stage, 1, 2.0, 8, options | {"checkpoint": folder}),
+        ]
+    by_rank = spawn(several, 2, cases)
+    for stage in (0, 1, 2, 3):
+        whole, _, resumed = ([ranks[3 * stage + i] for ranks in by_rank] for i in range(3))
+        assert resumed[0]["losses"] == pytest.approx(whole[0]["losses"][4:], rel=1e-6)
+        torch.testing.assert_close(all_rows(resumed), all_rows(whole), atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_follows_fp32() -> None:
+    cases = [(stage, 1, None, 10, {"precision": precision}) for stage in (1, 2) for precision in ("fp32", "bf16")]
+    results = spawn(several, 2, cases)[0]
+    for index in (0, 2):
+        assert results[index + 1]["losses"] == pytest.approx(results[index]["losses"], rel=0.03)

@@ -116,7 +116,7 @@ class Run:
 
     # --- stages ------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, function: Callable[..., Mapping[str, Any]], **inputs: Any) -> Stage:
+    def stage(self, name: str, function: Callable[..., Mapping[str, Any]], /, **inputs: Any) -> Stage:
         """Runs `function(run, folder, **inputs)`, or returns what it kept when it ran before with equal inputs.
 
         The function fills `folder` and returns JSON values. After a crash it finds in `folder` what it had left, so a
@@ -132,7 +132,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             began = time.monotonic()
             with self.progress.stage(name):
-                values = dict(function(self, folder, **inputs) or {})
+                values = dict(function(self, folder, **inputs))
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
             write_json(marker, kept)
         done = Stage(name, key, folder, kept["values"], kept["seconds"])

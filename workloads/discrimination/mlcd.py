@@ -20,7 +20,8 @@ from labelmill.data.config import DataConfig, StreamConfig
 from labelmill.data.decode import decode_images
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import Manifest
-from labelmill.data.shards import read_shard, write_label_overlay
+from labelmill.data.overlay import write_label_overlay
+from labelmill.data.shards import read_shard
 from labelmill.encoders import EncoderConfig, LinearConfig, build_encoder
 from labelmill.encoders.linear import fit_pca
 from labelmill.evaluation.probe import knn_accuracy, linear_probe

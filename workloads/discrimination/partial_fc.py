@@ -138,7 +138,7 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
 
     def matrix(column: str) -> np.ndarray:
         values = table.column(column).combine_chunks()
-        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1).copy()
 
     return matrix("class_id"), matrix("score"), matrix("label")
 

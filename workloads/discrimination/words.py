@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest
-from labelmill.data.shards import ShardWriter
+from labelmill.data.writer import ShardWriter
 from labelmill.errors import DataError, JobError
 
 MIN_LETTERS, MAX_LETTERS = 3, 20
@@ -167,7 +167,7 @@ def write_words(
         keys = np.char.add(f"t{part}-", order.astype(str))
         writer.write_table(pa.table({"key": pa.array(keys), "text": pa.array(typos[order]), "label": pa.array(order)}))
         written += len(order)
-    writer.close(classes=_with_counts(classes, np.full(count, typos_per_word)))
+    writer.close(classes=classes)
 
     keep = test != ""
     writer = ShardWriter(out / "test", "words-test", fields, label, layout="packed", target_bytes=1 << 20)
@@ -175,14 +175,10 @@ def write_words(
     writer.write_table(
         pa.table({"key": pa.array(keys), "text": pa.array(test[keep]), "label": pa.array(asked[keep])})
     )
-    writer.close(classes=_with_counts(classes, np.bincount(asked[keep], minlength=count)))
+    writer.close(classes=classes)
     if written < count:
         raise DataError(f"{out}: only {written:,} misspellings for {count:,} words could be made.")
     return {"train": written, "test": int(keep.sum()), "one_edit": int((test_edits[keep] == 1).sum())}
-
-
-def _with_counts(classes: pa.Table, counts: np.ndarray) -> pa.Table:
-    return classes.append_column("count", pa.array(counts.astype(np.int64)))
 
 
 def read_queries(test: Manifest) -> tuple[list[str], np.ndarray]:

@@ -102,14 +102,15 @@ def decode_image(raw: bytes | memoryview | None, size: tuple[int, int] | None, c
 
 
 def _decode_jpeg(raw: bytes | memoryview, size: tuple[int, int] | None, channels: int) -> np.ndarray | None:
-    """A JPEG through libjpeg-turbo, already scaled down where possible; None leaves it to Pillow (CMYK)."""
+    """A JPEG through libjpeg-turbo, already scaled down where possible; None leaves it to Pillow."""
     least = {} if size is None else {"min_height": size[0], "min_width": size[1]}
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
-        if space in ("CMYK", "YCCK"):
-            return None
-        if height > 16384 or width > 16384:
-            return None  # Pillow guards against decompression bombs
+    except ValueError:
+        return None  # unusual sampling or broken: Pillow tells them apart
+    if space in ("CMYK", "YCCK") or max(height, width) > 16384:  # Pillow guards against decompression bombs
+        return None
+    try:
         return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], fastdct=False, **least)
     except ValueError as error:
         raise ValueError(f"JPEG: {error}") from None

@@ -225,15 +225,17 @@ def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa
 class _Check:
     """One table's labels under check; knows how to name the first offending sample."""
 
-    def __init__(self, table: pa.Table, spec: LabelSpec, where: str) -> None:
-        self.spec, self.where = spec, where
-        self.keys = table.column("key") if "key" in table.column_names else None
+    def __init__(self, table: pa.Table, spec: LabelSpec, where: str, first_row: int | None) -> None:
+        self.spec, self.where, self.first_row = spec, where, first_row
+        self.keys = table.column("key") if "key" in table.column_names else []
         self.columns = _typed_columns(table, spec, where)
 
     def fail(self, bad_rows: np.ndarray, what: str) -> NoReturn:
         """Raises DataError for the first of `bad_rows` (row numbers in rising order)."""
         row = int(bad_rows[0])
-        name = f"sample {self.keys[row].as_py()!r}" if self.keys is not None else f"row {row}"
+        names = [f"row {row + (self.first_row or 0)}"] if self.first_row is not None or not self.keys else []
+        names += [f"sample {self.keys[row].as_py()!r}"] if self.keys else []
+        name = ", ".join(names)
         count = len(np.unique(bad_rows))
         others = f" {count - 1} more sample(s) are wrong in the same way." if count > 1 else ""
         raise DataError(f"{self.where}: {name}: {what}{others}")
@@ -283,8 +285,10 @@ class _Check:
         return ids_N, rows_N, lengths_B
 
 
-def check_labels(table: pa.Table, spec: LabelSpec, where: str) -> None:
+def check_labels(table: pa.Table, spec: LabelSpec, where: str, first_row: int | None = None) -> None:
     """Checks every label of `table`; `where` (a file) opens the message.
+
+    With `first_row`, messages also give the row's number, counted from `first_row`.
 
     Raises:
         DataError: names the first wrong sample by key, its value, the valid range, and how many more are
@@ -292,7 +296,7 @@ def check_labels(table: pa.Table, spec: LabelSpec, where: str) -> None:
             weight that is negative, not finite, or all zero, a class that is positive and negative at once,
             every class excluded, a continuous label of another length or with a value that is not finite.
     """
-    check = _Check(table, spec, where)
+    check = _Check(table, spec, where, first_row)
     if spec.form == "none":
         return
     if spec.form == "single":

@@ -30,6 +30,7 @@ def write_label_overlay(
     name: str | None = None,
     created_by: Mapping[str, str] | None = None,
     check_keys_align: bool = True,
+    parents: tuple[str, ...] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """A new version of a data set: the same shards, other labels. Nothing of the old version changes.
@@ -44,6 +45,7 @@ def write_label_overlay(
         created_by: origin, kept in the manifest.
         check_keys_align: compare the keys with those of the shards, which reads the shards once more. Readers
             compare them in any case.
+        parents: digests of the versions this one comes from; None names `manifest`.
         overwrite: replace a version that is there.
 
     Raises DataError when tables and shards don't match, or a label is wrong.
@@ -86,7 +88,7 @@ def write_label_overlay(
                 "name": name or manifest.name,
                 "label": label.model_dump(),
                 "shards": [s.model_dump() for s in shards],
-                "parents": (manifest.digest,),
+                "parents": (manifest.digest,) if parents is None else parents,
                 "created_by": dict(created_by or {}),
             }
         )

@@ -92,6 +92,13 @@ def read_bytes(path: str | os.PathLike[str]) -> pa.Buffer:
         return file.read_buffer()
 
 
+def read_head(path: str | os.PathLike[str], count: int) -> bytes:
+    """The first `count` bytes of a file. Raises DataError as `read_bytes`."""
+    system, inner = _resolve(path)
+    with _named(os.fspath(path), "read"), system.open_input_file(inner) as file:
+        return file.read(count)
+
+
 @contextmanager
 def open_write(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A binary file to write; it appears under its name only when the block ends without an error.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS_A_CHUNK = 2048
-QUERIES_A_TILE = 512
+ROWS_A_CHUNK = 1024
+QUERIES_A_TILE = 1024
 
 
 def topk_rows(

@@ -60,7 +60,8 @@ class Store:
         if scheme in ("", "file"):
             raise TrackingError(
                 f"tracking store {uri}: MLflow no longer keeps runs in plain folders. Give an http(s) "
-                "server or a database such as sqlite:///runs/mlflow.db in tracking.uri or MLFLOW_TRACKING_URI."
+                "server or a database such as sqlite:///runs/mlflow.db in tracking.uri or in "
+                "MLFLOW_TRACKING_URI."
             )
         file = _sqlite_file(uri)
         if file is not None:

@@ -64,6 +64,8 @@ def lines(
     log_x: bool = False,
 ) -> Path:
     """Named curves: name -> (x, y)."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(3.8)
     axes = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
@@ -80,7 +82,7 @@ def lines(
         axes.set_xscale("log")
     else:
         if all(float(value).is_integer() for x, _ in series.values() for value in x):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _group_digits(axes.xaxis)
     if len(series) > 1:
         _legend(axes)

@@ -301,9 +301,8 @@ class Predictor:
             return list(inputs)
         if isinstance(inputs, np.ndarray) and inputs.dtype != object:
             return inputs
-        return (
-            self._decoded(inputs) if self.spec.input == "image" else np.stack([np.asarray(v) for v in inputs])
-        )
+        values: list[Any] = list(inputs)
+        return self._decoded(values) if self.spec.input == "image" else np.stack([np.asarray(v) for v in values])
 
     def _decoded(self, inputs: Sequence[Any]) -> np.ndarray:
         from labelmill.data.decode import decode_images
@@ -313,7 +312,9 @@ class Predictor:
         if not len(inputs):
             return np.zeros((0, side or 1, side or 1, channels), np.uint8)
         names = [f"input {i}" for i in range(len(inputs))]
-        images, _, bad = decode_images(pa.array([bytes(v) for v in inputs], pa.binary()), names, side, channels)
+        images, _, bad = decode_images(
+            pa.array([bytes(v) for v in inputs], pa.binary()), names, side, channels
+        )
         if bad:
             raise DataError(f"{bad[0][0]}: not a readable image: {bad[0][1]}")
         return images
@@ -363,13 +364,7 @@ def predict_embed(predictor: Predictor, inputs: Inputs, k: int) -> pa.Table:
     """The embedding of each input; k plays no part."""
     emb_ND = predictor.embed(inputs).numpy()
     values = pa.FixedSizeListArray.from_arrays(pa.array(emb_ND.reshape(-1)), predictor.spec.dim)
-    return pa.table({"input": pa.array(_shown(predictor, inputs), pa.string()), "embedding": values})
-
-
-def _shown(predictor: Predictor, inputs: Inputs) -> list[str]:
-    return (
-        [str(v) for v in inputs] if predictor.spec.input == "text" else [str(i) for i in range(len(inputs))]
-    )
+    return pa.table({"input": pa.array(np.arange(len(emb_ND))), "embedding": values})
 
 
 def _map_rows(path: Path) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 
-class PackagedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]
+class PackagedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
     """Predicts from a DataFrame with the model's input column, or from a list of inputs."""
 
     def load_context(self, context: Any) -> None:
@@ -27,7 +27,7 @@ class PackagedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-define
     # MLflow reads a type hint of model_input as a second schema; the logged signature is the one that counts
     _skip_type_hint_validation = True
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context, model_input, params=None):
         """Answers as a DataFrame; params: `k`, answers per input."""
         k = int((params or {}).get("k", 5))
         return self.predictor.predict(self._inputs(model_input), k).to_pandas()

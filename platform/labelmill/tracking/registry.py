@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labelmill.errors import DataError, TrackingError, did_you_mean
 from labelmill.job import TrackingConfig
 from labelmill.tracking.config import Store, client_env, first_line, import_mlflow
+from labelmill.tracking.mlflow_model import log_model
 from labelmill.tracking.run import Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
     from rich.console import Console
-
-    from labelmill.tracking.model import ModelSpec
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _REFERENCE = re.compile(r"(?P<name>[^@/:]+)(?:@(?P<alias>[^@/:]+)|/(?P<version>\d+))?")
@@ -65,7 +60,7 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A registered name: its newest version, where its aliases point, and the newest version's predictor rule."""
+    """A registered name: its newest version, where its aliases point, the newest version's predictor rule."""
 
     name: str
     latest: int
@@ -75,35 +70,6 @@ class RegisteredModel:
 
 
 # --- putting in ---------------------------------------------------------------------------------------------
-
-
-def log_model(tracker: Tracker, model_dir: str | Path, name: str = "model") -> str:
-    """Logs a packaged model to the tracker's run as an MLflow model; returns its URI (`models:/m-...`).
-
-    The files are copied once, into the artifact store. Raises DataError for a folder that isn't a finished
-    model and TrackingError when the store fails.
-    """
-    return _log_model(tracker, Path(model_dir).resolve(), name).model_uri
-
-
-def _log_model(tracker: Tracker, model_dir: Path, name: str) -> LoggedModel:
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    from labelmill.tracking.model import read_spec
-
-    spec = read_spec(model_dir)
-    with client_env(tracker.store, create=True) as client, tempfile.TemporaryDirectory() as temporary:
-        experiment_id = client.get_run(tracker.run_id).info.experiment_id
-        model = client.create_logged_model(experiment_id, name, source_run_id=tracker.run_id)
-        try:
-            folder = _mlflow_folder(Path(temporary, "model"), model_dir, spec, model)
-            client.log_model_artifacts(model.model_id, str(folder))
-        except BaseException:
-            client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
-            raise
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
-        return model
 
 
 def register(
@@ -119,7 +85,7 @@ def register(
     if not name or not re.fullmatch(r"[^@/:]+", name):
         raise TrackingError(f"model name {name!r}: it must not be empty or hold '@', '/' or ':'.")
     spec = read_spec(model_dir)
-    model = _log_model(tracker, Path(model_dir).resolve(), "model")
+    model = log_model(tracker, model_dir)
     own = {
         "labelmill.manifest": spec.manifest,
         "labelmill.code_version": spec.code_version,
@@ -144,84 +110,6 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _mlflow_folder(path: Path, model_dir: Path, spec: ModelSpec, model: LoggedModel) -> Path:
-    """An MLflow model at `path` whose large files are links to `model_dir`.
-
-    Code, signature and requirements are written by MLflow. The model's own files are linked in afterwards,
-    because MLflow would copy them here before it copies them to the artifact store.
-    """
-    mlflow = import_mlflow()
-    package = Path(__file__).resolve().parents[1]
-    meta = mlflow.models.Model(
-        artifact_path=model.artifact_location,
-        model_uuid=model.model_id,
-        run_id=model.source_run_id,
-        model_id=model.model_id,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mlflow.pyfunc.save_model(
-            path=str(path),
-            python_model=str(package / "tracking" / "pyfunc_model.py"),
-            code_paths=[str(package)],
-            mlflow_model=meta,
-            signature=_signature(spec),
-            pip_requirements=requirements(spec),
-            model_config={"device": "cpu"},
-            metadata={"labelmill": {"predictor": spec.predictor, "num_classes": spec.num_classes}},
-        )
-    for cache in path.rglob("__pycache__"):
-        shutil.rmtree(cache)
-    for source in sorted(model_dir.rglob("*")):
-        if source.is_file():
-            target = path / "artifacts" / "model" / source.relative_to(model_dir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(source)
-    meta.flavors[mlflow.pyfunc.FLAVOR_NAME]["artifacts"] = {
-        "model": {"path": "artifacts/model", "uri": "artifacts/model"}
-    }
-    meta.model_size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    meta.save(str(path / "MLmodel"))
-    return path
-
-
-def _signature(spec: ModelSpec) -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array, DataType
-
-    kinds = {"text": DataType.string, "image": DataType.binary, "array": Array(DataType.double)}
-    answer = [ColSpec(DataType.long, "input")]
-    if spec.predictor == "embed":
-        answer.append(ColSpec(Array(DataType.float), "embedding"))
-    else:
-        answer += [ColSpec(DataType.long, "rank"), ColSpec(DataType.long, "class_id"),
-                   ColSpec(DataType.string, "class"), ColSpec(DataType.double, "score")]  # fmt: skip
-    # the input column has no name here, so that a plain list of inputs is taken as well as a DataFrame
-    return ModelSignature(
-        inputs=Schema([ColSpec(kinds[spec.input])]),
-        outputs=Schema(answer),
-        params=ParamSchema([ParamSpec("k", DataType.long, 5)]),
-    )
-
-
-def requirements(spec: ModelSpec) -> list[str]:
-    """What prediction imports, pinned to the installed versions."""
-    names = ["torch", "safetensors", "pyarrow", "numpy", "pandas", "pydantic", "pyyaml", "mlflow"]
-    if spec.input == "image":
-        names += ["pillow", "simplejpeg"]
-    if str(spec.encoder.get("kind", "")).startswith("hf_"):
-        names += ["transformers"]
-    found = []
-    for name in names:
-        try:
-            # a local build such as 2.13.0+cpu isn't on the public index
-            found.append(f"{name}=={metadata.version(name).partition('+')[0]}")
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # --- looking up ---------------------------------------------------------------------------------------------
@@ -343,7 +231,8 @@ def _named(name: str) -> str:
 
 
 def _all_models(client: MlflowClient) -> list[Any]:
-    found, token = [], None
+    found: list[Any] = []
+    token = None
     while True:
         page = client.search_registered_models(max_results=100, page_token=token)
         found.extend(page)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
-import os
-import re
 import subprocess
 import tempfile
 import threading
@@ -36,6 +33,8 @@ from labelmill.tracking.config import (
 )
 from labelmill.tracking.report import Report
 from labelmill.tracking.spool import Record, Spool
+from labelmill.tracking.system import SystemMetrics
+from labelmill.tracking.values import MAX_KEY, as_text, flatten, safe_folder, safe_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +47,7 @@ MetricRow = tuple[str, float, int, int | None]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # limits of MLflow servers; that of params is the one of older servers: the whole job is in job.yaml anyway
-_BATCH, _PARAM_BATCH, _KEY, _PARAM, _TAG, _DIGEST = 1000, 100, 250, 500, 5000, 36
+_BATCH, _PARAM_BATCH, _PARAM, _TAG, _DIGEST = 1000, 100, 500, 5000, 36
 _REFUSALS = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -60,7 +59,6 @@ _REFUSALS = {
     "MALFORMED_REQUEST",
 }
 _MAX_HOLD_S = 60.0
-_SYSTEM_INTERVAL_S = 10.0
 
 
 class Tracker:
@@ -86,7 +84,7 @@ class Tracker:
         self._failures = 0
         self._retry_at = 0.0
         self._ended = False
-        self._system: _SystemMetrics | None = None
+        self._system: SystemMetrics | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -116,7 +114,7 @@ class Tracker:
             began_s = client.get_run(opened).info.start_time / 1000
         tracker = cls(store, client, opened, run_dir)
         if config.system_metrics:
-            tracker._system = _SystemMetrics(tracker, began_s)
+            tracker._system = SystemMetrics(tracker, began_s)
         try:
             yield tracker
         except BaseException as error:
@@ -136,12 +134,12 @@ class Tracker:
 
         MLflow params can't change; a changed one is kept as the tag `param.<name>`.
         """
-        flat = {_name(key): _text(value)[:_PARAM] for key, value in _flatten(values)}
+        flat = {safe_key(key): as_text(value)[:_PARAM] for key, value in flatten(values)}
         self._submit({"op": "params", "values": flat})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags."""
-        self._submit({"op": "tags", "values": {_name(k): _text(v)[:_TAG] for k, v in values.items()}})
+        self._submit({"op": "tags", "values": {safe_key(k): as_text(v)[:_TAG] for k, v in values.items()}})
 
     def metrics(self, rows: Iterable[MetricRow]) -> None:
         """Takes metric points; they are sent together every `interval_s` seconds and by `flush`."""
@@ -150,7 +148,7 @@ class Tracker:
             for name, value, step, when in rows:
                 # as text: JSON has no NaN and no infinity
                 self._buffer.append(
-                    [_name(name), repr(float(value)), int(step), now if when is None else int(when)]
+                    [safe_key(name), repr(float(value)), int(step), now if when is None else int(when)]
                 )
             due = time.monotonic() - self._flushed_at >= self.store.config.interval_s
             if len(self._buffer) >= _BATCH or due:
@@ -277,7 +275,7 @@ class Tracker:
             values: dict[str, str] = record["values"]
             new = [Param(key, value) for key, value in values.items() if key not in held]
             changed = [
-                RunTag(f"param.{k}"[:_KEY], v) for k, v in values.items() if k in held and held[k] != v
+                RunTag(f"param.{k}"[:MAX_KEY], v) for k, v in values.items() if k in held and held[k] != v
             ]
             for start in range(0, len(new), _PARAM_BATCH):
                 self._client.log_batch(
@@ -402,7 +400,7 @@ def _open_run(
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            location = f"{store.artifacts}/{_slug(name)}" if store.artifacts else None
+            location = f"{store.artifacts}/{safe_folder(name)}" if store.artifacts else None
             experiment = client.get_experiment(client.create_experiment(name, artifact_location=location))
         except import_mlflow().exceptions.MlflowException:
             experiment = client.get_experiment_by_name(name)  # another process was faster
@@ -416,71 +414,3 @@ def _open_run(
     if parent_run_id is not None:
         tags = {**tags, "mlflow.parentRunId": parent_run_id}
     return client.create_run(experiment.experiment_id, tags=tags, run_name=run_name).info.run_id
-
-
-class _SystemMetrics:
-    """Samples CPU, memory, disk, network and GPUs of this host into the tracker.
-
-    MLflow's own thread stops for good at the first failed call; this one goes through the spool.
-    """
-
-    def __init__(self, tracker: Tracker, began_s: float) -> None:
-        self._tracker = tracker
-        self._began_s = began_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(self._tracker.run_id, tracking_uri=self._tracker.store.uri)
-        while True:
-            monitor.collect_metrics()
-            values = monitor.aggregate_metrics()
-            for part in monitor.monitors:
-                part.clear_metrics()
-            # the step is the age of the run in seconds, so that a resumed run goes on after what it has
-            step = round(time.time() - self._began_s)
-            self._tracker.metrics([(f"system/{key}", value, step, None) for key, value in values.items()])
-            if self._stop.wait(_SYSTEM_INTERVAL_S):
-                return
-
-    def stop(self) -> None:
-        """Ends the thread; what it sampled is in the tracker's buffer."""
-        self._stop.set()
-        self._thread.join(timeout=30)
-
-
-# --- names and values MLflow takes --------------------------------------------------------------------------
-
-
-def _name(name: str) -> str:
-    """A name MLflow accepts: letters, digits and `_ - . / ` and space, no empty path parts."""
-    clean = re.sub(r"[^\w\-. /]", "_", str(name), flags=re.ASCII)
-    parts = [part for part in clean.split("/") if part.strip(". ")]
-    return ("/".join(parts) or "_")[:_KEY].rstrip("/")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).strip(".") or "experiment"
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, path)
-        else:
-            yield path, value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str | os.PathLike):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    try:
-        return json.dumps(value, default=str, ensure_ascii=False)
-    except (TypeError, ValueError):
-        return str(value)

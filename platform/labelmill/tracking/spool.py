@@ -38,7 +38,7 @@ class Spool:
         self._records.append(record)
 
     def replay(self, send: Callable[[Record], bool]) -> bool:
-        """Gives the records to `send` in order until one returns False; keeps the rest. True: none is left."""
+        """Gives the records to `send` in order until one returns False; keeps the rest. True: none left."""
         done = 0
         for record in self._records:
             if not send(record):

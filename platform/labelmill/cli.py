@@ -19,6 +19,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from labelmill import __version__
+from labelmill.cli_data import data_app
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -29,11 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_app = typer.Typer(help="Registered models: list, show, promote, predict.", no_args_is_help=True)
-data_app = typer.Typer(help="Data sets: import, inspect, verify.", no_args_is_help=True)
-import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
-data_app.add_typer(import_app, name="import")
 
 console = Console()
 

@@ -22,7 +22,9 @@ torch.set_num_threads(1)
 
 def build(seed: int = 0, **options: Any) -> CharNgrams:
     torch.manual_seed(seed)
-    encoder = build_encoder({"kind": "char_ngrams", "dim": 16, "buckets": 500, "hidden": 8, **options})
+    encoder = build_encoder(
+        {"kind": "char_ngrams", "dim": 16, "buckets": 500, "hidden": 8, "placed": (1, 2), **options}
+    )
     assert isinstance(encoder, CharNgrams)
     return encoder
 
@@ -46,7 +48,7 @@ def test_hash_golden_values() -> None:
 def test_hashes_are_the_same_in_another_process() -> None:
     code = (
         "from labelmill.encoders import build_encoder\n"
-        "e = build_encoder({'kind': 'char_ngrams', 'dim': 16, 'buckets': 500, 'hidden': 8})\n"
+        "e = build_encoder({'kind': 'char_ngrams', 'placed': (1, 2), 'buckets': 500})\n"
         "print(e.prepare(['hello', 'straße']).long().sum().item())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -81,13 +81,15 @@ class MlcdJob(TrainJob):
     probe: ProbeSection = ProbeSection()
 
 
-def teach(run: Run, folder: Path, train: Manifest, teacher: PcaTeacher, field: str, max_bad: int) -> dict[str, Any]:
+def teach(
+    run: Run, folder: Path, train: Manifest, teacher: PcaTeacher, field: str, image: dict[str, Any], max_bad: int
+) -> dict[str, Any]:
     """Stage: fits the teacher and embeds the training set with it."""
-    pixels = decode_all(train, field, None, 1)
+    pixels = decode_all(train, field, image["image_size"], image["channels"])
     weight_DI, centre_I, share_D = fit_pca(
         torch.from_numpy(pixels.reshape(len(pixels), -1)).float() / 255, teacher.dim, teacher.whiten
     )
-    config = LinearConfig(field=field, in_dim=weight_DI.shape[1], dim=teacher.dim)
+    config = LinearConfig(field=field, in_dim=weight_DI.shape[1], dim=teacher.dim, **image)
     weights = {"weight_DI": weight_DI, "centre_I": centre_I}
     save_file(weights, folder / "teacher.safetensors")
     run.embed(folder / "train", train, config, weights, max_bad)
@@ -176,7 +178,8 @@ def mlcd(job: MlcdJob, run: Run) -> None:
     train, test = job.data.open()
     run.track_data(train=train, test=test)
     field, max_bad = job.encoder.field, job.data.max_bad_samples
-    teacher = run.stage("teach", teach, train=train, teacher=job.teacher, field=field, max_bad=max_bad)
+    image = image_options(job.encoder)
+    teacher = run.stage("teach", teach, train=train, teacher=job.teacher, field=field, image=image, max_bad=max_bad)
     centres = run.stage("cluster", cluster, embeddings=teacher, clusters=job.clusters, seed=job.seed)
     labels = partial(run.stage, train=train, embeddings=teacher, centres=centres, count=job.clusters.count)
     multi = labels("assign", assign, nearest=job.clusters.nearest)

@@ -1,4 +1,5 @@
-"""Encoded field values -> arrays. A value that can't be decoded becomes a hole that is named, not an exception.
+"""Encoded field values -> arrays. A value that can't be decoded becomes a hole that is named, not an
+exception.
 
 Shape legend: B samples, H height, W width, C channels.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -34,14 +36,15 @@ def decode_images(
     Args:
         column: encoded bytes.
         keys: sample keys, to name what is bad.
-        size: side, or (H, W), that every image is resized to (antialiased, aspect not kept); None keeps the size,
-            which then must be the same for all.
+        size: side, or (H, W), that every image is resized to (antialiased, aspect not kept); None keeps the
+            size, which then must be the same for all.
         channels: 1 grey, 3 RGB, 4 RGBA. Transparent images are laid over white unless 4 is asked for.
 
     Returns:
         images (B, H, W, C) uint8, zeros where bad; valid (B,) bool; the bad ones.
 
-    Raises DataError when sizes differ and `size` is None, or no image at all can be decoded and so none has a size.
+    Raises DataError when sizes differ and `size` is None, or no image at all can be decoded and so none has a
+    size.
     """
     if channels not in _PIL_MODES:
         raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
@@ -72,8 +75,8 @@ def decode_images(
     if out is None:
         key, reason = bad[0]
         raise DataError(
-            f"none of {len(bad)} images can be decoded, the first is {key!r}: {reason}. Is this field an image? "
-            "`labelmill data verify` lists what is bad."
+            f"none of {len(bad)} images can be decoded, the first is {key!r}: {reason}. Is this field an "
+            "image? `labelmill data verify` lists what is bad."
         )
     return out, valid_B, bad
 
@@ -193,5 +196,5 @@ def binary_views(column: pa.Array | pa.ChunkedArray) -> list[memoryview | None]:
             nulls = chunk.is_null().to_pylist()
             out += [None if n else view[a:z] for n, a, z in zip(nulls, starts[:-1], starts[1:], strict=True)]
         else:
-            out += [view[a:z] for a, z in zip(starts[:-1], starts[1:], strict=True)]
+            out += [view[a:z] for a, z in pairwise(starts)]
     return out

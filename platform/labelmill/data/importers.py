@@ -1,8 +1,8 @@
 """Importing what people have: image folders, IDX files, CSV and Parquet tables.
 
-Everything is read and checked before the first byte is written. Samples are put in an order drawn from the hash of
-their key (samples of a class don't lie together, whatever the source's order), and split by another part of it, so
-that an import of the same data gives the same shards anywhere.
+Everything is read and checked before the first byte is written. Samples are put in an order drawn from the
+hash of their key (samples of a class don't lie together, whatever the source's order), and split by another
+part of it, so that an import of the same data gives the same shards anywhere.
 
 Existing WebDataset tars are taken in place: see webdataset.py.
 """
@@ -46,8 +46,8 @@ class WriteOptions(TypedDict, total=False):
 
     Keys:
         name: of the data set; by default that of the source.
-        split: share of each part, such as {"train": 0.9, "test": 0.1}: parts go to folders `out/<part>` and share
-            one label space. Without it the data set is written to `out` itself.
+        split: share of each part, such as {"train": 0.9, "test": 0.1}: parts go to folders `out/<part>` and
+            share one label space. Without it the data set is written to `out` itself.
         layout: "tar" (a file per sample) or "packed" (small samples).
         target_bytes, rows_per_member, samples_per_shard: see ShardWriter.
         shuffle: False keeps the source's order.
@@ -82,7 +82,8 @@ def import_image_folder(
         options: see WriteOptions; the layout is "tar" by default.
 
     Returns the manifests by part, {"all": manifest} without a split.
-    Raises DataError naming the file: no image, one outside any class folder, one that isn't what its name says.
+    Raises DataError naming the file: no image, one outside any class folder, one that isn't what its name
+    says.
     """
     where = store.normal(root)
     if not store.is_folder(where):
@@ -95,8 +96,8 @@ def import_image_folder(
     if labelled:
         if loose := [p for p in paths if "/" not in p]:
             raise DataError(
-                f"{store.join(where, loose[0])}: this image lies in no class folder. Move it into one, or import "
-                "without labels."
+                f"{store.join(where, loose[0])}: this image lies in no class folder. Move it into one, or "
+                "import without labels."
             )
         folders = [p.partition("/")[0] for p in paths]
         names = class_names or sorted(set(folders), key=_by_value(folders))
@@ -142,7 +143,8 @@ def import_idx(
     class_names: Sequence[str] | None = None,
     **options: Unpack[WriteOptions],
 ) -> dict[str, Manifest]:
-    """A pair of IDX files (the format of MNIST), plain or gzip. Images become PNG, the field is called `image`.
+    """A pair of IDX files (the format of MNIST), plain or gzip. Images become PNG, the field is called
+    `image`.
 
     Args:
         images: uint8 (N, H, W) or (N, H, W, C).
@@ -152,12 +154,19 @@ def import_idx(
         class_names: of the ids 0, 1, ...
         options: see WriteOptions; the layout is "packed" by default.
 
-    Returns the manifests by part. Raises DataError naming the file: missing, not IDX, cut short, counts that differ.
+    Returns the manifests by part. Raises DataError naming the file: missing, not IDX, cut short, counts that
+    differ.
     """
     pixels = read_idx(images)
-    if pixels.ndim not in (3, 4) or pixels.dtype != np.uint8 or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4)):
+    if (
+        pixels.ndim not in (3, 4)
+        or pixels.dtype != np.uint8
+        or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4))
+    ):
         found = f"{pixels.dtype}{list(pixels.shape)}"
-        raise DataError(f"{os.fspath(images)}: images are uint8 (N, H, W) or (N, H, W, C), this file holds {found}.")
+        raise DataError(
+            f"{os.fspath(images)}: images are uint8 (N, H, W) or (N, H, W, C), this file holds {found}."
+        )
     stem = clean_key(options.get("name") or os.path.basename(os.fspath(images)).removesuffix(".gz"))
     keys = [f"{stem}-{i:07d}" for i in range(len(pixels))]
     parsed = ImportedLabels(LabelSpec(form="none"), {}, None)
@@ -165,8 +174,8 @@ def import_idx(
         ids = read_idx(labels)
         if ids.ndim != 1 or ids.dtype.kind not in "ui" or len(ids) != len(pixels):
             raise DataError(
-                f"{os.fspath(labels)}: holds {ids.dtype}{list(ids.shape)}, needed is one integer for each of the "
-                f"{len(pixels)} images of {os.fspath(images)}."
+                f"{os.fspath(labels)}: holds {ids.dtype}{list(ids.shape)}, needed is one integer for each of "
+                f"the {len(pixels)} images of {os.fspath(images)}."
             )
         source = LabelSource(form="single", column="label", num_classes=num_classes, class_names=class_names)
         table = pa.table({"label": ids.astype(np.int64)})
@@ -183,8 +192,8 @@ def import_idx(
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """An IDX file (plain or gzip; `path` or `path.gz`) as an array in native byte order.
 
-    Header: two zero bytes, element type, number of dimensions, then big-endian 32-bit sizes. Raises DataError when
-    it's missing, not IDX, or shorter or longer than its header says.
+    Header: two zero bytes, element type, number of dimensions, then big-endian 32-bit sizes. Raises DataError
+    when it's missing, not IDX, or shorter or longer than its header says.
     """
     where = store.normal(path)
     if not store.exists(where) and store.exists(where + ".gz"):
@@ -202,7 +211,8 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     need, have = int(np.prod(shape, dtype=np.int64)) * kind.itemsize, len(raw) - 4 - 4 * raw[3]
     if need != have:
         raise DataError(
-            f"{where}: its header announces {list(shape)}, {need} bytes, but {have} follow. Copy the file again."
+            f"{where}: its header announces {list(shape)}, {need} bytes, but {have} follow. Copy the file "
+            "again."
         )
     array = np.frombuffer(raw, dtype=kind, offset=4 + 4 * raw[3]).reshape(shape)
     return array.astype(kind.newbyteorder("="), copy=False)
@@ -239,11 +249,14 @@ def import_table(
         key_column: sample keys; by default the file's name and the row number.
         options: see WriteOptions; the layout is "packed" for text alone, else "tar".
 
-    Returns the manifests by part. Raises DataError naming file and row (counted from 1, without the CSV header).
+    Returns the manifests by part. Raises DataError naming file and row (counted from 1, without the CSV
+    header).
     """
     where = store.normal(path)
     form: Form = label_form or ("single" if label_column else "none")
-    source = LabelSource(form, label_column, weight_column, negative_column, separator, num_classes, class_names)
+    source = LabelSource(
+        form, label_column, weight_column, negative_column, separator, num_classes, class_names
+    )
     wanted = [c for c in (text_column, image_column, key_column) if c]
     if text_column is None and image_column is None:
         raise DataError(f"{where}: name the column of the samples: a text column, an image column, or both.")
@@ -271,7 +284,7 @@ def import_table(
     stem = os.path.basename(where).partition(".")[0]
     layout: Layout = "packed" if image_column is None else "tar"
     if image_column is None:
-        options = {"rows_per_member": _TEXT_ROWS_PER_MEMBER, **options}  # type: ignore[misc]
+        options = {"rows_per_member": _TEXT_ROWS_PER_MEMBER, **options}
     return _write(out, stem, keys, fields, labels, values, "table", layout, options)
 
 
@@ -300,7 +313,7 @@ def _text_of(table: pa.Table, name: str, where: str) -> pa.Array:
 
 
 def _images_of(table: pa.Table, name: str, where: str) -> tuple[Callable[[int], bytes], str]:
-    """A reader of each row's encoded image, and the extensions that occur. Every image's signature is checked."""
+    """A reader of a row's encoded image, and the extensions that occur. Checks every signature."""
     column = table.column(name).combine_chunks()
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pc.struct_field(column, "bytes")
@@ -312,7 +325,9 @@ def _images_of(table: pa.Table, name: str, where: str) -> tuple[Callable[[int], 
         paths = [store.join(folder, p) for p in column.to_pylist()]
         for row, path in enumerate(paths):
             if not store.exists(path):
-                raise DataError(f"{where}: row {row + 1}: no image file {path} (relative to the table's folder).")
+                raise DataError(
+                    f"{where}: row {row + 1}: no image file {path} (relative to the table's folder)."
+                )
             kinds.add(_checked_kind(store.read_head(path, 16), f"{where}: row {row + 1}: {path}"))
         return lambda i: store.read_bytes(paths[i]).to_pybytes(), ";".join(sorted(kinds))
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -347,9 +362,7 @@ def _write(
     order = key_hashes(keys)[1] if options.get("shuffle", True) else np.arange(len(keys))
     name = clean_key(options.get("name") or default_name).replace("/", "_")
     sizes: dict[str, Any] = {
-        k: options[k]  # type: ignore[literal-required]
-        for k in ("target_bytes", "rows_per_member", "samples_per_shard")
-        if k in options
+        k: options[k] for k in ("target_bytes", "rows_per_member", "samples_per_shard") if k in options
     }
     key_column = pa.array(keys, pa.string())
     writers: dict[str, ShardWriter] = {}
@@ -365,11 +378,13 @@ def _write(
                 created_by={"importer": importer, "part": part},
                 **sizes,
             )
-            stack.callback(lambda w=writer: None if w.manifest else w.discard())
+            stack.enter_context(writer.or_nothing())
             rows = rows[np.argsort(order[rows], kind="stable")]
             for first in range(0, len(rows), _CHUNK):
                 some = rows[first : first + _CHUNK]
                 picked = {n: c.take(pa.array(some)) for n, c in labels.columns.items()}
-                writer.write_table(pa.table({"key": key_column.take(pa.array(some)), **values(some), **picked}))
+                writer.write_table(
+                    pa.table({"key": key_column.take(pa.array(some)), **values(some), **picked})
+                )
             writers[part] = writer
         return {part: writer.close(labels.classes) for part, writer in writers.items()}

@@ -222,6 +222,12 @@ def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa
 # --- checks ---------------------------------------------------------------------------------------------
 
 
+class LabelError(DataError):
+    """A wrong label; `key` is the sample's, if the table has keys."""
+
+    key: str | None = None
+
+
 class _Check:
     """One table's labels under check; knows how to name the first offending sample."""
 
@@ -238,7 +244,9 @@ class _Check:
         name = ", ".join(names)
         count = len(np.unique(bad_rows))
         others = f" {count - 1} more sample(s) are wrong in the same way." if count > 1 else ""
-        raise DataError(f"{self.where}: {name}: {what}{others}")
+        error = LabelError(f"{self.where}: {name}: {what}{others}")
+        error.key = self.keys[row].as_py() if self.keys else None
+        raise error
 
     def no_nulls(self, name: str) -> None:
         column = self.columns[name]
@@ -291,7 +299,8 @@ def check_labels(table: pa.Table, spec: LabelSpec, where: str, first_row: int | 
     With `first_row`, messages also give the row's number, counted from `first_row`.
 
     Raises:
-        DataError: names the first wrong sample by key, its value, the valid range, and how many more are
+        LabelError (a DataError): names the first wrong sample by key, its value, the valid range, and how
+            many more are
             wrong: a missing column or value, an id outside 0 ... num_classes - 1, an id twice in a sample, a
             weight that is negative, not finite, or all zero, a class that is positive and negative at once,
             every class excluded, a continuous label of another length or with a value that is not finite.

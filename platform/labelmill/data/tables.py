@@ -12,10 +12,11 @@ from labelmill.errors import DataError, did_you_mean
 
 
 def read_table(path: str, columns: Sequence[str]) -> pa.Table:
-    """The named columns of a .csv, .tsv (also .gz) or .parquet file. CSV columns are text, an empty cell is "".
+    """The named columns of a .csv, .tsv (also .gz) or .parquet file. CSV columns are text, an empty cell is
+    "".
 
-    Raises DataError: missing file, another kind of file, an unknown column (with the nearest name), unreadable
-    content.
+    Raises DataError: missing file, another kind of file, an unknown column (with the nearest name),
+    unreadable content.
     """
     base = path.lower().removesuffix(".gz")
     if not store.exists(path):

@@ -77,6 +77,8 @@ def parse_tar(data: memoryview) -> TarIndex:
     compressed file.
     """
     index = TarIndex()
+    if bytes(data[:2]) == b"\x1f\x8b":
+        raise TarDamage("compressed with gzip (unpack it: shards are read by position)", 0, index)
     headers: list[int] = []
     owners: list[int] = []
     problem: TarDamage | None = None
@@ -114,8 +116,6 @@ def _walk(data: memoryview, index: TarIndex, headers: list[int], owners: list[in
             break
         if len(header) < BLOCK:
             raise damage(f"cut inside a header ({total - at} of {BLOCK} bytes)", long_name or "", at)
-        if at == 0 and header[:2] == b"\x1f\x8b":
-            raise damage("compressed with gzip (unpack it: shards are read by position)")
         headers.append(at)
         owners.append(len(names))
         try:

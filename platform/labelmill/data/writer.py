@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -155,6 +156,15 @@ class ShardWriter:
     def discard(self) -> None:
         """Drops what was written so far."""
         self._staging.discard()
+
+    @contextmanager
+    def or_nothing(self) -> Iterator[ShardWriter]:
+        """Discards what was written unless the block closed the writer."""
+        try:
+            yield self
+        finally:
+            if self.manifest is None:
+                self.discard()
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -42,6 +42,10 @@ class LinearConfig(StrictModel):
 
     kind: Literal["linear"] = "linear"
     field: str = Field("image", description="manifest field: an image or an array, flattened")
+    channels: Literal[1, 3] = Field(1, description="an image is decoded to so many channels")
+    image_size: int | None = Field(
+        None, ge=1, description="an image is resized to this side; null keeps its size"
+    )
     in_dim: int = Field(ge=1, description="numbers of a sample after flattening")
     dim: int = Field(64, ge=1, description="width of the embedding")
 

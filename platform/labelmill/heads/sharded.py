@@ -39,8 +39,11 @@ ROWS_AT_ONCE = 4096
 class HasIds(Protocol):
     """Labels in batch form, as `labelmill.data.labels.Labels`."""
 
-    form: Any
-    ids_BP: Tensor
+    @property
+    def form(self) -> str: ...
+
+    @property
+    def ids_BP(self) -> Tensor: ...
 
 
 class ShardedHead:

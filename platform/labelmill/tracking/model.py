@@ -302,7 +302,9 @@ class Predictor:
         if isinstance(inputs, np.ndarray) and inputs.dtype != object:
             return inputs
         values: list[Any] = list(inputs)
-        return self._decoded(values) if self.spec.input == "image" else np.stack([np.asarray(v) for v in values])
+        if self.spec.input == "image":
+            return self._decoded(values)
+        return np.stack([np.asarray(value, dtype=np.float32) for value in values])
 
     def _decoded(self, inputs: Sequence[Any]) -> np.ndarray:
         from labelmill.data.decode import decode_images

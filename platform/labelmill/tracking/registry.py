@@ -148,7 +148,7 @@ def show(config: TrackingConfig, output_dir: str | Path, name: str) -> list[Mode
 
 
 def resolve(config: TrackingConfig, output_dir: str | Path, ref: str) -> ModelVersion:
-    """The version a reference means. Raises TrackingError that names the models, aliases or versions known."""
+    """The version a reference means. Raises TrackingError that names what there is when it means none."""
     with client_env(Store.of(config, output_dir)) as client:
         return _resolve(client, ref)
 
@@ -156,7 +156,7 @@ def resolve(config: TrackingConfig, output_dir: str | Path, ref: str) -> ModelVe
 def promote(
     config: TrackingConfig, output_dir: str | Path, name: str, version_or_alias: str | int = CANDIDATE
 ) -> str:
-    """Makes a version the `champion`; the champion it replaces becomes `previous`. Returns the version's number.
+    """Makes a version the `champion`, the champion it replaces `previous`; returns the version's number.
 
     Promoting the champion again changes nothing. Raises TrackingError for an unknown name, version or alias.
     """
@@ -193,7 +193,7 @@ def render_version(version: ModelVersion, console: Console) -> None:
 def predict(
     config: TrackingConfig, output_dir: str | Path, ref: str, inputs: Sequence[Any], k: int = 5
 ) -> pd.DataFrame:
-    """Predicts with a registered model, as any MLflow client would; the columns are those of `Predictor.predict`.
+    """Predicts with a registered model, as any MLflow client would; columns as of `Predictor.predict`.
 
     Image inputs may be paths or encoded bytes. Raises TrackingError for an unknown model, DataError for a bad
     input.
@@ -201,6 +201,9 @@ def predict(
     import pandas as pd
 
     mlflow = import_mlflow()
+    values = list(inputs)
+    if not values:
+        raise DataError("there is nothing to predict: give at least one input")
     with client_env(Store.of(config, output_dir)) as client:
         version = _resolve(client, ref)
         path = list(sys.path)
@@ -209,9 +212,11 @@ def predict(
             model = mlflow.pyfunc.load_model(version.uri)
         # MLflow puts the code logged with the model in front; this process goes on with its own
         sys.path[:] = path
-        signature = model.metadata.signature
-        values = list(inputs)
-        if "binary" in str(signature.inputs.input_types()[0]):
+        kind = str(model.metadata.signature.inputs.input_types()[0])
+        wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+        if "string" in kind and wrong is not None:
+            raise DataError(f"input {wrong}: expected a text, got {type(values[wrong]).__name__}")
+        if "binary" in kind:
             values = [_read(value) for value in values]
         return model.predict(pd.DataFrame({0: values}), params={"k": int(k)})
 

@@ -85,7 +85,9 @@ def _work(
         # all ranks are here: the loopback always answers, the host's own name may not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # what a launcher sets and DeepSpeed asks for
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
     try:
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
         value = _find(*where)(rank, world, *args)

@@ -1,0 +1,203 @@
+"""`labelmill data ...`: import, inspect and verify data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from labelmill.errors import UserError
+
+data_app = typer.Typer(help="Data sets: import, inspect, verify.", no_args_is_help=True)
+import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
+data_app.add_typer(import_app, name="import")
+
+console = Console()
+
+Out = Annotated[str, typer.Option("--out", help="folder of the data set (with --split: of its parts)")]
+Name = Annotated[str | None, typer.Option(help="name of the data set")]
+Split = Annotated[str | None, typer.Option(help="parts by a hash of the key, e.g. train=0.9,test=0.1")]
+ClassNames = Annotated[list[str] | None, typer.Option("--class", help="class names in id order; repeat")]
+NumClasses = Annotated[int | None, typer.Option(help="classes; by default what the labels need")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a data set that is there")]
+ShardMb = Annotated[float | None, typer.Option(help="size of a shard, MiB")]
+Layout = Annotated[str | None, typer.Option(help="tar (a member per sample) or packed (small samples)")]
+LabelForm = Annotated[
+    str | None, typer.Option(help="single, multi, soft, partial, complementary, continuous or none")
+]
+
+
+def _options(
+    name: str | None, split: str | None, layout: str | None, shard_mb: float | None, overwrite: bool
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"overwrite": overwrite}
+    if name:
+        options["name"] = name
+    if layout:
+        if layout not in ("tar", "packed"):
+            raise UserError(f"--layout {layout}: write tar or packed.")
+        options["layout"] = layout
+    if shard_mb:
+        options["target_bytes"] = int(shard_mb * 2**20)
+    if split:
+        try:
+            pairs = (part.split("=") for part in split.split(","))
+            options["split"] = {part.strip(): float(share) for part, share in pairs}
+        except ValueError:
+            raise UserError(f"--split {split}: write it as train=0.9,test=0.1") from None
+    return options
+
+
+def _show(made: dict[str, Any]) -> None:
+    for part, manifest in made.items():
+        label = manifest.label.form
+        if manifest.label.num_classes:
+            label += f" of {manifest.label.num_classes:,} classes"
+        size = manifest.num_bytes / 2**20
+        prefix = "" if part == "all" else f"{part}: "
+        console.print(
+            f"{prefix}{manifest.num_samples:,} samples, {len(manifest.shards)} shard(s), {size:.1f} MiB, "
+            f"labels: {label} -> {manifest.root}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@import_app.command("image-folder")
+def image_folder(
+    root: Annotated[str, typer.Argument(help="a folder with a subfolder for each class")],
+    out: Out,
+    name: Name = None,
+    split: Split = None,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="take all images, without labels")] = False,
+    class_names: ClassNames = None,
+    layout: Layout = None,
+    shard_mb: ShardMb = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Images in a subfolder per class."""
+    from labelmill.data.importers import import_image_folder
+
+    options = _options(name, split, layout, shard_mb, overwrite)
+    _show(import_image_folder(root, out, class_names=class_names, labelled=not unlabelled, **options))
+
+
+@import_app.command()
+def idx(
+    images: Annotated[str, typer.Option(help="IDX file of images, plain or .gz")],
+    out: Out,
+    labels: Annotated[str | None, typer.Option(help="IDX file of labels")] = None,
+    name: Name = None,
+    split: Split = None,
+    num_classes: NumClasses = None,
+    class_names: ClassNames = None,
+    layout: Layout = None,
+    shard_mb: ShardMb = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """A pair of IDX files (the format of MNIST)."""
+    from labelmill.data.importers import import_idx
+
+    options = _options(name, split, layout, shard_mb, overwrite)
+    _show(import_idx(images, labels, out, num_classes=num_classes, class_names=class_names, **options))
+
+
+@import_app.command()
+def table(
+    path: Annotated[str, typer.Argument(help=".csv, .tsv (also .gz) or .parquet")],
+    out: Out,
+    text: Annotated[str | None, typer.Option(help="text column")] = None,
+    image: Annotated[str | None, typer.Option(help="image column: relative paths, or bytes (Parquet)")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="label column(s)")] = None,
+    label_form: LabelForm = None,
+    weight: Annotated[str | None, typer.Option(help="column of label weights (soft)")] = None,
+    negative: Annotated[str | None, typer.Option(help="column of known negatives (partial)")] = None,
+    separator: Annotated[str, typer.Option(help="between several labels in a CSV cell")] = ";",
+    key: Annotated[str | None, typer.Option(help="column of sample keys")] = None,
+    name: Name = None,
+    split: Split = None,
+    num_classes: NumClasses = None,
+    class_names: ClassNames = None,
+    layout: Layout = None,
+    shard_mb: ShardMb = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """A CSV or Parquet table with a text or image column."""
+    from labelmill.data.importers import import_table
+
+    columns = None if not label else label[0] if len(label) == 1 else label
+    made = import_table(
+        path,
+        out,
+        text_column=text,
+        image_column=image,
+        label_column=columns,
+        label_form=cast(Any, label_form),
+        weight_column=weight,
+        negative_column=negative,
+        separator=separator,
+        key_column=key,
+        num_classes=num_classes,
+        class_names=class_names,
+        **_options(name, split, layout, shard_mb, overwrite),
+    )
+    _show(made)
+
+
+@import_app.command()
+def webdataset(
+    tars: Annotated[list[str], typer.Argument(help="a folder, a glob, a brace range or tars")],
+    out: Out,
+    name: Name = None,
+    label_form: LabelForm = None,
+    label_field: Annotated[str | None, typer.Option(help="field of the json members that holds the label")] = None,
+    num_classes: NumClasses = None,
+    class_names: ClassNames = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Existing WebDataset tars, indexed in place."""
+    from labelmill.data.webdataset import import_webdataset
+
+    made = import_webdataset(
+        tars[0] if len(tars) == 1 else tars,
+        out,
+        name=name,
+        label_form=cast(Any, label_form),
+        label_field=label_field,
+        num_classes=num_classes,
+        class_names=class_names,
+        overwrite=overwrite,
+    )
+    _show(made)
+
+
+@data_app.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="folder of a data set")],
+    samples: Annotated[int, typer.Option(help="samples shown")] = 8,
+    sheet: Annotated[Path | None, typer.Option(help="write the samples' images to this PNG")] = None,
+) -> None:
+    """Label statistics and sample thumbnails or texts."""
+    from labelmill.data.inspect import contact_sheet, inspect, render_inspection
+    from labelmill.data.manifest import load_manifest
+
+    info = inspect(load_manifest(data), samples=samples)
+    render_inspection(info, console)
+    if sheet:
+        contact_sheet(info.images, sheet)
+        console.print(f"images: {sheet}", highlight=False)
+
+
+@data_app.command()
+def verify(data: Annotated[str, typer.Argument(help="folder of a data set")]) -> None:
+    """Re-hash every shard, decode every sample, check every label; names the first bad sample."""
+    from labelmill.data.inspect import verify
+    from labelmill.data.manifest import load_manifest
+
+    report = verify(load_manifest(data))
+    for line in report.lines():
+        console.print(line, highlight=False, soft_wrap=True)
+    if not report.ok:
+        raise typer.Exit(2)

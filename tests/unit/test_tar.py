@@ -1,0 +1,163 @@
+"""The tar parser against the standard library, and against damage."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from labelmill.data.tar import BLOCK, END, TarDamage, padding, parse_tar, tar_header
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def tar_of(members: list[tuple[str, bytes]], fmt: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=fmt) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def contents(data: bytes) -> list[tuple[str, bytes]]:
+    index = parse_tar(memoryview(data))
+    spans = zip(index.names, index.offsets, index.sizes, strict=True)
+    return [(name, data[offset : offset + size]) for name, offset, size in spans]
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_reads_what_the_standard_library_writes(fmt):
+    long = "d" * 90 + "/" + "f" * 60 + ".txt"  # needs the prefix, a GNU long name, or pax
+    members = [("a.txt", b"1"), (long, b"x" * 513), ("empty.bin", b""), ("dir/b.cls", b"7" * 512)]
+    if fmt != "ustar":
+        members += [("y" * 300 + ".txt", b"long"), ("ü/ß.txt", "é".encode())]
+    data = tar_of(members, FORMATS[fmt])
+    assert contents(data) == members
+    assert parse_tar(memoryview(data)).ended
+
+
+def test_directories_are_passed_over():
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        info = tarfile.TarInfo("folder/a.txt")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"hi"))
+    assert contents(out.getvalue()) == [("folder/a.txt", b"hi")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(kind):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.type, info.linkname = kind, "b.txt"
+        tar.addfile(info)
+    with pytest.raises(TarDamage, match=r"'a\.txt' is a"):
+        parse_tar(memoryview(out.getvalue()))
+
+
+def test_base_256_sizes():
+    data = bytearray(tar_of([("a.bin", b"q" * 700)]))
+    data[124:136] = b"\x80" + (700).to_bytes(11, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    assert contents(bytes(data)) == [("a.bin", b"q" * 700)]
+
+
+def test_compressed_tars_are_named():
+    import gzip
+
+    with pytest.raises(TarDamage, match="gzip"):
+        parse_tar(memoryview(gzip.compress(tar_of([("a", b"")]))))
+
+
+def test_empty_buffers_and_bare_end_markers():
+    assert not parse_tar(memoryview(b"")).ended
+    assert parse_tar(memoryview(END)).ended
+
+
+def test_content_behind_the_end_marker_is_an_error():
+    one = tar_of([("a.txt", b"1")])
+    with pytest.raises(TarDamage, match="content follows"):
+        parse_tar(memoryview(one + one))
+
+
+def test_a_header_full_of_zeros_is_not_the_end():
+    data = bytearray(tar_of([(f"{i}.txt", b"x") for i in range(4)]))
+    data[2 * 1024 : 2 * 1024 + 512] = bytes(512)
+    with pytest.raises(TarDamage) as caught:
+        parse_tar(memoryview(data))
+    assert caught.value.offset == 2048
+    assert caught.value.index.names == ["0.txt", "1.txt"]
+
+
+MEMBERS = [(f"{i:03d}.{ext}", bytes([i]) * (100 * i + len(ext))) for i in range(6) for ext in ("png", "cls")]
+DATA = tar_of(MEMBERS, tarfile.USTAR_FORMAT)
+
+
+def last_byte() -> int:
+    index = parse_tar(memoryview(DATA))
+    return index.offsets[-1] + index.sizes[-1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(DATA)))
+def test_a_cut_is_seen_at_every_offset(cut):
+    index = parse_tar(memoryview(DATA))
+    try:
+        got = parse_tar(memoryview(DATA[:cut]))
+    except TarDamage as damage:
+        got = damage.index
+        assert damage.offset <= cut
+    else:  # at a boundary between members, or in the zeros behind the last
+        assert not got.ended or cut > last_byte()
+    whole = [n for n, o, s in zip(index.names, index.offsets, index.sizes, strict=True) if o + s <= cut]
+    assert got.names in (whole, whole[:-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(MEMBERS) - 1), st.integers(0, BLOCK - 1), st.integers(1, 255))
+def test_any_changed_header_byte_is_seen(member, byte, flip):
+    offset = parse_tar(memoryview(DATA)).offsets[member] - BLOCK
+    data = bytearray(DATA)
+    data[offset + byte] ^= flip
+    try:
+        got = parse_tar(memoryview(data))
+    except TarDamage as damage:
+        assert damage.offset == offset
+        assert damage.index.names == [n for n, _ in MEMBERS[:member]]
+    else:  # only the spelling of the checksum changed
+        assert 148 <= byte < 156
+        assert got.names == [n for n, _ in MEMBERS]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=180),
+            st.binary(max_size=1100),
+        ),
+        max_size=6,
+    )
+)
+def test_what_we_write_we_and_the_standard_library_read(members):
+    data = b"".join(tar_header(n, len(c)) + c + padding(len(c)) for n, c in members) + END
+    assert contents(data) == members
+    with tarfile.open(fileobj=io.BytesIO(data), encoding="utf-8") as tar:
+        found = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
+    assert found == members
+
+
+def test_huge_sizes_get_a_pax_record():
+    header = tar_header("big.bin", 9 * 2**30)
+    info = tarfile.TarInfo.frombuf(header[1024:1536], "utf-8", "strict")
+    assert b" size=9663676416\n" in header
+    assert info.name == "big.bin"

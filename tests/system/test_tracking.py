@@ -84,9 +84,7 @@ def test_a_run_holds_everything_and_its_report_can_be_rebuilt(
 ) -> None:
     figure = tmp_path / "loss.png"
     figure.write_bytes(b"png")
-    report = Report(
-        "A run", {"test/top1": 0.5, "worst": math.nan}, figures={"loss": str(figure)}, notes=["n"]
-    )
+    report = Report("A run", {"test/top1": 0.5, "worst": math.nan}, figures={"loss": str(figure)}, notes=["n"])
     report.add_table("bands", ["band", "top-1"], [["head", 0.9], ["tail", None]], "by frequency")
     with Tracker.open(local, output, "first", tags={"workload": "w"}, run_dir=tmp_path / "run") as tracker:
         tracker.config({"name": "first", "train": {"lr": 0.1}})
@@ -121,9 +119,7 @@ def test_a_run_holds_everything_and_its_report_can_be_rebuilt(
     assert not (Path.cwd() / "mlruns").exists()
 
 
-def test_values_mlflow_would_refuse_are_made_to_fit(
-    local: TrackingConfig, output: Path, tmp_path: Path
-) -> None:
+def test_values_mlflow_would_refuse_are_made_to_fit(local: TrackingConfig, output: Path, tmp_path: Path) -> None:
     with Tracker.open(local, output, "odd", run_dir=tmp_path) as tracker:
         tracker.params({"long": "x" * 20_000, "k@y": 1, **{f"p{i}": i for i in range(250)}})
         tracker.params({"k@y": 2})
@@ -144,9 +140,7 @@ def test_values_mlflow_would_refuse_are_made_to_fit(
     assert values[2] > 1e308 > -1e308 > values[3]
 
 
-def test_a_refused_call_is_kept_aside_and_blocks_nothing(
-    local: TrackingConfig, output: Path, tmp_path: Path
-) -> None:
+def test_a_refused_call_is_kept_aside_and_blocks_nothing(local: TrackingConfig, output: Path, tmp_path: Path) -> None:
     with Tracker.open(local, output, "refused", run_dir=tmp_path) as tracker:
         tracker.artifact(tmp_path / "absent.txt")
         tracker._submit({"op": "metrics", "rows": [["no@name", "1.0", 0, 0]]})
@@ -194,9 +188,7 @@ def test_system_metrics_go_through_the_tracker(output: Path, tmp_path: Path) -> 
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
 
 
-def test_nothing_of_the_process_is_changed_for_good(
-    local: TrackingConfig, output: Path, tmp_path: Path
-) -> None:
+def test_nothing_of_the_process_is_changed_for_good(local: TrackingConfig, output: Path, tmp_path: Path) -> None:
     import mlflow
 
     def state() -> dict[str, str]:
@@ -289,9 +281,7 @@ def test_stores_that_mean_nothing(tmp_path: Path) -> None:
 # --- the registry -------------------------------------------------------------------------------------------
 
 
-def test_register_promote_and_predict(
-    local: TrackingConfig, output: Path, package: Path, tmp_path: Path
-) -> None:
+def test_register_promote_and_predict(local: TrackingConfig, output: Path, package: Path, tmp_path: Path) -> None:
     with Tracker.open(local, output, "fit", run_dir=tmp_path) as tracker:
         tracker.metrics([("test/top1", 0.75, 0, None)])
         versions = [registry.register(tracker, package, "speller", {"workload": "w"}) for _ in range(3)]
@@ -489,9 +479,9 @@ def test_a_server_that_dies_or_hangs_loses_nothing(server: Server, package: Path
         tracker.flush()
         assert (tracker.spooled, tracker.refused) == (0, 0)
         version = registry.register(tracker, package, "speller")
-        assert registry.predict(config, tmp_path, f"speller/{version}", ["bananna"], k=1)[
-            "class"
-        ].tolist() == ["banana"]
+        assert registry.predict(config, tmp_path, f"speller/{version}", ["bananna"], k=1)["class"].tolist() == [
+            "banana"
+        ]
 
         server.kill()
         step = 1

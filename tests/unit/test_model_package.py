@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ from labelmill.heads.storage import save_range
 from labelmill.tracking.model import load_model, read_spec, write_model
 
 WORDS = ["hello", "world", "banana", "orange", "apple", "grape", "melon"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy host the threads of small matrix products wait for each other, 20 times longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def text_encoder() -> Encoder:
@@ -159,24 +169,18 @@ class TestWhatIsRefused:
         save_range(tmp_path, "rows", {"rows": rows_CD[:3]}, 0, 3, {})
         save_range(tmp_path, "rows", {"rows": rows_CD[4:]}, 4, 7, {})
         with pytest.raises(DataError, match=r"\[3, 4\)"):
-            write_model(
-                tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS})
-            )
+            write_model(tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS}))
         assert not (tmp_path / "model.json").exists()
 
     def test_fewer_rows_than_classes(self, tmp_path: Path) -> None:
         save_head(tmp_path, unit_rows(text_encoder())[:5])
         with pytest.raises(DataError, match=r"\[5, 7\)"):
-            write_model(
-                tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS})
-            )
+            write_model(tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS}))
 
     def test_rows_of_another_width(self, tmp_path: Path) -> None:
         save_head(tmp_path, F.normalize(torch.ones(7, 16), dim=1))
         with pytest.raises(DataError, match=r"shape \(7, 16\), expected \(7, 32\)"):
-            write_model(
-                tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS})
-            )
+            write_model(tmp_path, encoder=text_encoder(), input_kind="text", classes=pa.table({"name": WORDS}))
 
     def test_classes_without_names(self, tmp_path: Path) -> None:
         save_head(tmp_path, unit_rows(text_encoder()))
@@ -239,7 +243,7 @@ def test_a_million_classes_load_and_answer_within_a_second(tmp_path: Path) -> No
     assert answers["class"].to_pylist()[::5] == ["777777"] * 10
     print(f"load {loaded - began:.2f} s, ten queries {done - loaded:.2f} s")
     assert loaded - began < 1
-    assert done - loaded < 3  # 0.5 s on an idle core; other work on the host must not fail it
+    assert done - loaded < 1
 
 
 def test_prediction_imports_no_engine(tmp_path: Path) -> None:
@@ -252,8 +256,6 @@ def test_prediction_imports_no_engine(tmp_path: Path) -> None:
         "own = [m for m in sys.modules if m.startswith(('labelmill.training', 'labelmill.data.stream'))]\n"
         "assert not engine and not own, (engine, own)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "banana"

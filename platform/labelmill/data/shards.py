@@ -178,44 +178,38 @@ def group_members(index: TarIndex, where: str) -> Samples:
 
 
 def _parse(
-    data: pa.Buffer, manifest: Manifest, path: str, expected: int | None, labelled: bool, trusted: bool
+    data: pa.Buffer, manifest: Manifest, path: str, expected: int, labelled: bool, trusted: bool
 ) -> pa.Table:
     view = memoryview(data)
     try:
         index = parse_tar(view)
+        if not index.ended and _whole_samples(index, data, manifest, path, labelled)[0] != expected:
+            raise TarDamage("no end-of-archive marker: cut between two members", index.end, index)
     except TarDamage as damage:
-        raise _explain(damage, data, manifest, path, expected, labelled) from None
-    if manifest.layout == "packed":
-        table = _unpack(data, index, manifest, path, labelled, trusted)
-    else:
-        table = _collect(view, index, manifest, path, labelled)
-    if expected is not None and table.num_rows != expected and not index.ended:
-        reason = "no end-of-archive marker: cut between two members"
-        raise ShardDamage.of(path, reason, offset=index.end, found=table.num_rows, expected=expected)
-    return table
-
-
-def _explain(
-    damage: TarDamage, data: pa.Buffer, manifest: Manifest, path: str, expected: int | None, labelled: bool
-) -> ShardDamage:
-    """Counts the whole samples before the damage."""
-    base = damage.name.rfind("/") + 1
-    key: str | None = damage.name[: damage.name.find(".", base)] if "." in damage.name[base:] else None
-    found: int | None = None
+        found, key = _whole_samples(damage.index, data, manifest, path, labelled)
+        base = damage.name.rfind("/") + 1
+        if (dot := damage.name.find(".", base)) > base:
+            key = damage.name[:dot]
+        raise ShardDamage.of(path, damage.reason, damage.offset, key, found, expected) from None
     try:
         if manifest.layout == "packed":
-            found = _unpack(data, damage.index, manifest, path, labelled, trusted=False).num_rows
-        else:
-            wanted = [spec.exts for spec in manifest.fields.values()]
-            wanted += [(_label_ext(manifest.label),)] if labelled and manifest.label.columns else []
-            samples = group_members(damage.index, path)
-            whole = [all(any(e in m for e in exts) for exts in wanted) for m in samples.members]
-            found = sum(whole)
-            if key is None and False in whole:
-                key = samples.keys[whole.index(False)]
-    except ShardDamage as earlier:  # damage of another kind comes first
-        return earlier
-    return ShardDamage.of(path, damage.reason, damage.offset, key, found, expected)
+            return _unpack(data, index, manifest, path, labelled, trusted)
+        return _collect(view, index, manifest, path, labelled)
+    except ShardDamage as damage:
+        raise ShardDamage.of(path, damage.reason, damage.offset, damage.key, damage.found, expected) from None
+
+
+def _whole_samples(
+    index: TarIndex, data: pa.Buffer, manifest: Manifest, path: str, labelled: bool
+) -> tuple[int, str | None]:
+    """How many samples are complete, and the key of the first that isn't. Raises ShardDamage as the readers do."""
+    if manifest.layout == "packed":
+        return _unpack(data, index, manifest, path, labelled, trusted=False).num_rows, None
+    wanted = [spec.exts for spec in manifest.fields.values()]
+    wanted += [(_label_ext(manifest.label),)] if labelled and manifest.label.columns else []
+    samples = group_members(index, path)
+    whole = [all(any(e in m for e in exts) for exts in wanted) for m in samples.members]
+    return sum(whole), samples.keys[whole.index(False)] if False in whole else None
 
 
 def _label_ext(spec: LabelSpec) -> str:
@@ -238,7 +232,7 @@ def _collect(view: memoryview, index: TarIndex, manifest: Manifest, path: str, l
         if -1 in which:
             row = which.index(-1)
             reason = f"sample {keys[row]!r} has no {what} (member .{' or .'.join(exts)})"
-            raise ShardDamage.of(path, reason, key=keys[row], found=row, expected=len(keys))
+            raise ShardDamage.of(path, reason, key=keys[row])
         return _gather(view, offsets[which], sizes[which])
 
     def fail(row: int, reason: str) -> ShardDamage:

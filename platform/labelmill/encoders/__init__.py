@@ -18,13 +18,7 @@ from labelmill.errors import JobError, did_you_mean
 from labelmill.job import StrictModel
 
 AnyEncoderConfig = (
-    CharNgramsConfig
-    | SmallCnnConfig
-    | SmallVitConfig
-    | HfImageConfig
-    | HfTextConfig
-    | LinearConfig
-    | PixelsConfig
+    CharNgramsConfig | SmallCnnConfig | SmallVitConfig | HfImageConfig | HfTextConfig | LinearConfig | PixelsConfig
 )
 EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 

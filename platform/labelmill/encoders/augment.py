@@ -27,14 +27,10 @@ SUBSTITUTE, INSERT, DELETE, TRANSPOSE = range(4)
 class ImageAugment(StrictModel):
     """Training augmentation of images; every option is off at its default."""
 
-    shift: int = Field(
-        0, ge=0, description="largest shift in pixels, each axis; the border is filled with zeros"
-    )
+    shift: int = Field(0, ge=0, description="largest shift in pixels, each axis; the border is filled with zeros")
     flip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a horizontal flip")
     cutout: int = Field(0, ge=0, description="side of a square set to zero at a random place, in pixels")
-    noise: float = Field(
-        0.0, ge=0.0, description="standard deviation of Gaussian noise, on the 0..1 pixel scale"
-    )
+    noise: float = Field(0.0, ge=0.0, description="standard deviation of Gaussian noise, on the 0..1 pixel scale")
 
     @property
     def active(self) -> bool:
@@ -56,9 +52,7 @@ class Typos(StrictModel):
     @classmethod
     def _sums_to_one(cls, edits: tuple[float, ...]) -> tuple[float, ...]:
         if min(edits) < 0 or abs(sum(edits) - 1.0) > 1e-6:
-            raise ValueError(
-                f"edits are probabilities of 0, 1, 2, ... edits and must sum to 1, not {sum(edits):g}"
-            )
+            raise ValueError(f"edits are probabilities of 0, 1, 2, ... edits and must sum to 1, not {sum(edits):g}")
         return edits
 
     @field_validator("letters")
@@ -97,9 +91,7 @@ def augment_images(images_BHWC: np.ndarray, options: ImageAugment, rng: Rng) -> 
     return images_BCHW
 
 
-def code_points(
-    strings: Sequence[str | None], max_length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def code_points(strings: Sequence[str | None], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Unicode code points uint32 (B, L) padded with 0, and lengths int64 (B,); None counts as "".
 
     Strings longer than `max_length` code points are cut there. No Python code runs per string.

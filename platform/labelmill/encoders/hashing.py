@@ -55,9 +55,7 @@ class SampleRandom:
         else:
             self.keys_B = np.asarray(rng).astype(np.uint64)
             if self.keys_B.shape != (size,):
-                raise ValueError(
-                    f"rng keys have shape {self.keys_B.shape}, expected ({size},): one key per sample"
-                )
+                raise ValueError(f"rng keys have shape {self.keys_B.shape}, expected ({size},): one key per sample")
 
     def uniform(self, draw: int, *shape: int) -> np.ndarray:
         """float32 in [0, 1), (B, *shape); `draw` numbers the use, so that two uses are independent."""

@@ -32,30 +32,18 @@ class LibraryOptions(StrictModel):
     """Which library model, and how its output becomes an embedding."""
 
     path: str | None = Field(None, description="local folder with config.json and *.safetensors")
-    architecture: str | None = Field(
-        None, description="model type of a fresh model, such as vit, convnext, bert"
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="fields of the architecture's configuration"
-    )
-    pooling: Literal["mean", "cls"] = Field(
-        "mean", description="mean over tokens or positions, or the first token"
-    )
-    dim: int | None = Field(
-        None, ge=1, description="width after a linear layer; null = the model's own width"
-    )
+    architecture: str | None = Field(None, description="model type of a fresh model, such as vit, convnext, bert")
+    options: dict[str, Any] = Field(default_factory=dict, description="fields of the architecture's configuration")
+    pooling: Literal["mean", "cls"] = Field("mean", description="mean over tokens or positions, or the first token")
+    dim: int | None = Field(None, ge=1, description="width after a linear layer; null = the model's own width")
     frozen: bool = Field(False, description="keep the library model's weights as they are")
 
     @model_validator(mode="after")
     def _one_source(self) -> LibraryOptions:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError(
-                "give either path (a local folder) or architecture (a fresh model), not both or neither"
-            )
+            raise ValueError("give either path (a local folder) or architecture (a fresh model), not both or neither")
         if self.path is not None and self.options:
-            raise ValueError(
-                "options belong to architecture; a model from a path brings its own configuration"
-            )
+            raise ValueError("options belong to architecture; a model from a path brings its own configuration")
         return self
 
 
@@ -83,9 +71,7 @@ class LibraryEncoder(Encoder):
 
     config: HfImageConfig | HfTextConfig
 
-    def __init__(
-        self, config: HfImageConfig | HfTextConfig, root: Path | None, defaults: dict[str, Any]
-    ) -> None:
+    def __init__(self, config: HfImageConfig | HfTextConfig, root: Path | None, defaults: dict[str, Any]) -> None:
         super().__init__(config, 0, config.field)
         self.model = _build_model(config, root, defaults)
         self.project: nn.Module = nn.Identity()
@@ -114,9 +100,7 @@ class LibraryEncoder(Encoder):
                 grads = torch.autograd.grad(emb_1D.float().sum(), named, allow_unused=True)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             source = self.config.path or self.config.architecture
-            raise JobError(
-                f"encoder {self.config.kind!r} ({source}) can't encode one sample: {error}"
-            ) from error
+            raise JobError(f"encoder {self.config.kind!r} ({source}) can't encode one sample: {error}") from error
         for parameter, grad in zip(named, grads, strict=True):
             if grad is None:
                 parameter.requires_grad_(False)
@@ -165,9 +149,7 @@ class HfImage(LibraryEncoder):
         hidden = self.model(pixel_values=prepared).last_hidden_state
         if hidden.dim() == 4:  # a convolutional backbone: (B, D, H, W)
             if self.config.pooling == "cls":
-                raise ValueError(
-                    "pooling 'cls' needs a model with a class token; use 'mean' for a feature map"
-                )
+                raise ValueError("pooling 'cls' needs a model with a class token; use 'mean' for a feature map")
             return self.project(hidden.mean(dim=(2, 3)))
         return self.project(hidden.mean(dim=1) if self.config.pooling == "mean" else hidden[:, 0])
 
@@ -183,9 +165,7 @@ class HfText(LibraryEncoder):
 
     def __init__(self, config: HfTextConfig, root: Path | None = None) -> None:
         folder = config.tokenizer or config.path
-        self._tokenizer = (
-            None if folder is None else _load_tokenizer(_local(folder, root, "encoder.tokenizer"))
-        )
+        self._tokenizer = None if folder is None else _load_tokenizer(_local(folder, root, "encoder.tokenizer"))
         defaults: dict[str, Any] = {"max_position_embeddings": config.max_length}
         if self._tokenizer is None:
             defaults |= {"vocab_size": BYTE_VOCABULARY, "pad_token_id": BYTE_PAD}
@@ -265,15 +245,11 @@ def _local(path: str, root: Path | None, where: str) -> Path:
     if root is not None and not folder.is_absolute():
         folder = root / folder
     if not folder.is_dir():
-        raise JobError(
-            f"{where}: no folder {str(folder)!r}; models are read from local folders, nothing is downloaded"
-        )
+        raise JobError(f"{where}: no folder {str(folder)!r}; models are read from local folders, nothing is downloaded")
     return folder
 
 
-def _build_model(
-    config: HfImageConfig | HfTextConfig, root: Path | None, defaults: dict[str, Any]
-) -> nn.Module:
+def _build_model(config: HfImageConfig | HfTextConfig, root: Path | None, defaults: dict[str, Any]) -> nn.Module:
     transformers = _transformers()
     if config.path is not None:
         folder = _local(config.path, root, "encoder.path")
@@ -317,9 +293,7 @@ def _known_options(example: Any) -> set[str]:
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        return _transformers().AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, use_fast=True
-        )
+        return _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         raise JobError(
             f"encoder.tokenizer: {str(folder)!r} has no tokenizer that can be read ({error}); it needs "

@@ -43,9 +43,7 @@ class LinearConfig(StrictModel):
     kind: Literal["linear"] = "linear"
     field: str = Field("image", description="manifest field: an image or an array, flattened")
     channels: Literal[1, 3] = Field(1, description="an image is decoded to so many channels")
-    image_size: int | None = Field(
-        None, ge=1, description="an image is resized to this side; null keeps its size"
-    )
+    image_size: int | None = Field(None, ge=1, description="an image is resized to this side; null keeps its size")
     in_dim: int = Field(ge=1, description="numbers of a sample after flattening")
     dim: int = Field(64, ge=1, description="width of the embedding")
 
@@ -75,8 +73,7 @@ class LinearProjection(Encoder):
         flat = values.reshape(len(values), -1) if len(values) else values.reshape(0, self.config.in_dim)
         if flat.shape[1] != self.config.in_dim:
             raise DataError(
-                f"field {self.field!r}: a sample has {flat.shape[1]} numbers, "
-                f"encoder.in_dim is {self.config.in_dim}"
+                f"field {self.field!r}: a sample has {flat.shape[1]} numbers, encoder.in_dim is {self.config.in_dim}"
             )
         scale = 1.0 / 255.0 if values.dtype == np.uint8 else 1.0
         return torch.from_numpy(flat.astype(np.float32) * np.float32(scale))
@@ -87,9 +84,7 @@ class LinearProjection(Encoder):
         return (prepared - self.centre_I) @ self.weight_DI.T
 
 
-def fit_pca(
-    values_NI: torch.Tensor, dim: int, whiten: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fit_pca(values_NI: torch.Tensor, dim: int, whiten: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Principal components of float rows: (weight_DI, centre_I, share_D of the variance), float32.
 
     Computed in float64 from the I x I covariance; the largest entry of every component is positive, so the
@@ -98,9 +93,7 @@ def fit_pca(
     """
     rows, width = values_NI.shape
     if not 1 <= dim <= min(rows, width):
-        raise ValueError(
-            f"PCA to {dim} dimensions needs at least that many rows and columns, found {rows} x {width}"
-        )
+        raise ValueError(f"PCA to {dim} dimensions needs at least that many rows and columns, found {rows} x {width}")
     values = values_NI.double()
     centre_I = values.mean(dim=0)
     values = values - centre_I

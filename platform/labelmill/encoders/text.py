@@ -39,14 +39,10 @@ class CharNgramsConfig(StrictModel):
     dim: int = Field(128, ge=8, description="width of the embedding")
     buckets: int = Field(65_536, ge=16, description="rows of the table; buckets x dim parameters")
     orders: tuple[int, ...] = Field((1, 2, 3, 4), description="lengths of the plain n-grams")
-    placed: tuple[int, ...] = Field(
-        (1, 2), description="lengths of n-grams counted from the start and from the end"
-    )
+    placed: tuple[int, ...] = Field((1, 2), description="lengths of n-grams counted from the start and from the end")
     gaps: tuple[int, ...] = Field((1,), description="pairs of letters with this many letters between them")
     deletions: bool = Field(True, description="the whole string, and it with each one letter left out")
-    probes: int = Field(
-        1, ge=1, le=4, description="rows per feature (Bloom style): fewer collisions, more work"
-    )
+    probes: int = Field(1, ge=1, le=4, description="rows per feature (Bloom style): fewer collisions, more work")
     hidden: int = Field(256, ge=0, description="width of the mixing network; 0 = none")
     max_length: int = Field(32, ge=2, description="letters beyond this are ignored")
     lowercase: bool = False
@@ -85,9 +81,7 @@ class CharNgrams(Encoder):
             last = nn.Linear(config.hidden, config.dim)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.mix = nn.Sequential(
-                nn.Linear(len(self.families) * config.dim, config.hidden), nn.GELU(), last
-            )
+            self.mix = nn.Sequential(nn.Linear(len(self.families) * config.dim, config.hidden), nn.GELU(), last)
 
     def prepare(self, raw: Raw, rng: Rng | None = None) -> Prepared:
         """Strings -> bucket ids int32 (B, F, T), 0 = padding; None counts as the empty string."""
@@ -134,9 +128,7 @@ class _SumRows(torch.autograd.Function):
         (ids_NT,) = ctx.saved_tensors
         row, column = (ids_NT != 0).nonzero(as_tuple=True)
         bucket, order = torch.sort(ids_NT[row, column])
-        offsets = torch.searchsorted(
-            bucket, torch.arange(ctx.buckets, dtype=bucket.dtype, device=bucket.device)
-        )
+        offsets = torch.searchsorted(bucket, torch.arange(ctx.buckets, dtype=bucket.dtype, device=bucket.device))
         return None, F.embedding_bag(row[order], grads[0].contiguous(), offsets, mode="sum")
 
 
@@ -147,9 +139,7 @@ def sum_rows(ids_NT: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
     return F.embedding_bag(ids_NT, table_VD, mode="sum", padding_idx=0)
 
 
-def hash_features(
-    codes_BL: np.ndarray, length_B: np.ndarray, config: CharNgramsConfig
-) -> Iterator[np.ndarray]:
+def hash_features(codes_BL: np.ndarray, length_B: np.ndarray, config: CharNgramsConfig) -> Iterator[np.ndarray]:
     """Bucket ids int32 (B, T), a family at a time, for padded code points uint32 (B, L); id 0 is padding.
 
     The ids depend on the string and the options only: a saved table stays valid in every process and release.
@@ -166,9 +156,7 @@ def hash_features(
     with np.errstate(over="ignore"):
         grams: dict[int, np.ndarray] = {1: letters}
         for n in range(2, max((*config.orders, *config.placed, 1)) + 1):
-            grams[n] = (
-                (grams[n - 1][:, :-1] * _BASE + letters[:, n - 1 :]) if width + 2 >= n else letters[:, :0]
-            )
+            grams[n] = (grams[n - 1][:, :-1] * _BASE + letters[:, n - 1 :]) if width + 2 >= n else letters[:, :0]
         for n in config.orders:
             valid = column[:, : grams[n].shape[1]] + n <= total_B1
             yield _buckets(grams[n] + tag(n), valid, config)

@@ -97,9 +97,7 @@ class SmallCnnConfig(ImageOptions):
 
     kind: Literal["small_cnn"] = "small_cnn"
     dim: int = Field(128, ge=2, description="width of the embedding")
-    width: int = Field(
-        32, ge=8, multiple_of=8, description="channels of the first stage; each stage doubles them"
-    )
+    width: int = Field(32, ge=8, multiple_of=8, description="channels of the first stage; each stage doubles them")
     stages: int = Field(3, ge=1, le=5, description="each stage after the first halves the side")
     blocks: int = Field(1, ge=1, description="residual blocks a stage")
 
@@ -200,9 +198,7 @@ class SmallVit(ImageEncoder):
         tokens = (config.image_size // config.patch) ** 2
         self.place_TW = nn.Parameter(0.02 * torch.randn(tokens, config.width))
         hidden = int(config.width * config.mlp_ratio)
-        self.blocks = nn.Sequential(
-            *[_Attention(config.width, config.heads, hidden) for _ in range(config.depth)]
-        )
+        self.blocks = nn.Sequential(*[_Attention(config.width, config.heads, hidden) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width)
         self.out = nn.Linear(config.width, config.dim)
 

@@ -1,0 +1,48 @@
+"""Shared by all tests: one Ray session for those that need it, small data sets, no user settings leaking in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
+    os.environ.pop(_name, None)
+
+from labelmill.cluster import set_environment
+
+set_environment()
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray cluster, started once: starting one costs seconds."""
+    import ray
+    from labelmill.cluster import start
+    from labelmill.job import ClusterConfig
+
+    start(ClusterConfig(object_store_mb=300))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_text_data(tmp_path: Path) -> Callable[..., object]:
+    """Writes a packed text data set with single labels: sample i has text `word-i` and label i mod classes."""
+    from labelmill.data.labels import LabelSpec
+    from labelmill.data.manifest import FieldSpec
+    from labelmill.data.writer import ShardWriter
+
+    def make(samples: int, per_shard: int, classes: int = 7, name: str = "texts") -> object:
+        fields = {"text": FieldSpec(kind="text", ext="txt")}
+        label = LabelSpec(form="single", num_classes=classes)
+        with ShardWriter(
+            tmp_path / name, name, fields, label, layout="packed", rows_per_member=16, samples_per_shard=per_shard
+        ) as writer:
+            for i in range(samples):
+                writer.write(f"s{i:05d}", {"text": f"word-{i}"}, {"label": i % classes})
+            return writer.close()
+
+    return make

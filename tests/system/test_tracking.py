@@ -196,6 +196,7 @@ def test_nothing_of_the_process_is_changed_for_good(local: TrackingConfig, outpu
             "MLFLOW_DISABLE_TELEMETRY",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR",
             "MLFLOW_CONFIGURE_LOGGING",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
         }
         return {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and k not in quiet}
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from labelmill.data.labels import (
     LabelError,
     Labels,
@@ -17,7 +19,6 @@ from labelmill.data.labels import (
     labels_from_table,
 )
 from labelmill.errors import DataError
-from pydantic import ValidationError
 
 IDS, REALS = pa.list_(pa.int64()), pa.list_(pa.float32())
 
@@ -178,7 +179,9 @@ def test_counts():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), max_size=20))
 def test_padding_keeps_every_id(rows):
-    labels = labels_from_table(table(label=ids(*rows)) if rows else pa.table({"label": ids()}), spec("multi", num_classes=10))
+    labels = labels_from_table(
+        table(label=ids(*rows)) if rows else pa.table({"label": ids()}), spec("multi", num_classes=10)
+    )
     assert [[i for i in row if i >= 0] for row in labels.ids_BP.tolist()] == rows
 
 

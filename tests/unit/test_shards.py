@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest, load_manifest
 from labelmill.data.overlay import write_label_overlay
@@ -77,9 +78,7 @@ def test_every_label_form_comes_back(layout, form, data):
     rows = data.draw(st.lists(st.tuples(st.binary(max_size=40), st.text(max_size=20), labels), min_size=1, max_size=9))
     per_shard = data.draw(st.integers(1, 10))
     with TemporaryDirectory() as folder:
-        writer = ShardWriter(
-            f"{folder}/set", "d", FIELDS, spec, layout, rows_per_member=3, samples_per_shard=per_shard
-        )
+        writer = ShardWriter(f"{folder}/set", "d", FIELDS, spec, layout, rows_per_member=3, samples_per_shard=per_shard)
         for i, (image, text, label) in enumerate(rows):
             vector = np.full((2, 3), i, dtype=np.float32)
             writer.write(f"s/{i}", {"image": image, "text": text, "vector": vector}, label)
@@ -283,7 +282,7 @@ def test_unverified_reading_of_flipped_bits_never_crashes(shard, part, bit):
     path = Path(manifest.shard_path(0))
     path.write_bytes(data)
     try:
-        assert read_shard(manifest, 0, verify=False).num_rows == 40
+        assert len(read_shard(manifest, 0, verify=False).to_pylist()) == 40
     except DataError:
         pass
     finally:
@@ -387,7 +386,7 @@ def test_an_existing_data_set_is_kept_unless_overwritten(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "a.b", "/a", "a/", "a//b", "a\nb", "__meta__", "x" * 600, None])
 def test_keys_that_break_readers_are_refused(tmp_path, key):
-    with pytest.raises(DataError, match="sample key|key must be|has no key"):
+    with pytest.raises(DataError, match=r"sample key|key must be|has no key"):
         one_by_one(tmp_path / "a", keys=("ok", key)).close()
 
 
@@ -479,7 +478,9 @@ def test_an_overlay_replaces_the_labels_and_nothing_else(tmp_path, layout):
     assert table.column("text").equals(read_shard(load_manifest(tmp_path / "moved" / "old"), 1).column("text"))
     assert table.column("label")[1].as_py() == [1, 3]
     assert read_labels(loaded, 1).column_names == ["key", "label"]
-    third = write_label_overlay(loaded, tmp_path / "third", LabelSpec(form="none"), [t.select(["key"]) for t in overlay_tables(loaded)])
+    third = write_label_overlay(
+        loaded, tmp_path / "third", LabelSpec(form="none"), [t.select(["key"]) for t in overlay_tables(loaded)]
+    )
     assert read_shard(third, 0).column_names == ["key", "text"]
 
 

@@ -73,9 +73,7 @@ class _Ragged:
         return int(np.searchsorted(np.cumsum(self.lengths), n, side="right"))
 
 
-def read_labels_of(
-    table: pa.Table, source: LabelSource, where: str, keys: Sequence[str] = ()
-) -> ImportedLabels:
+def read_labels_of(table: pa.Table, source: LabelSource, where: str, keys: Sequence[str] = ()) -> ImportedLabels:
     """The label columns of `table` by `source`, checked.
 
     Raises DataError naming file and row (counted from 1) for a missing column, an unreadable or wrong label,
@@ -100,13 +98,9 @@ def read_labels_of(
     if source.weight_column is not None:
         weights = _numbers(_plain(table, source.weight_column), source.separator, where, source.weight_column)
     if source.negative_column is not None:
-        parts.append(
-            _lists(_plain(table, source.negative_column), source.separator, where, source.negative_column)
-        )
+        parts.append(_lists(_plain(table, source.negative_column), source.separator, where, source.negative_column))
     ids, names = _to_ids(parts, source, where)
-    size = source.num_classes or (
-        len(names) if names else 1 + max((int(i.max(initial=-1)) for i in ids), default=-1)
-    )
+    size = source.num_classes or (len(names) if names else 1 + max((int(i.max(initial=-1)) for i in ids), default=-1))
     if size < 1:
         raise DataError(f"{where}: no row has a label; give num_classes, or import with label form 'none'.")
     if names and len(names) > size:
@@ -116,14 +110,8 @@ def read_labels_of(
     if weights is not None:
         columns["label_weight"] = weights
     if form == "partial":
-        other = (
-            parts[1]
-            if len(parts) > 1
-            else _Ragged(pa.array([], pa.int64()), np.zeros(len(main), dtype=np.int64))
-        )
-        columns["label_negative"] = _list_array(
-            ids[1] if len(parts) > 1 else np.empty(0, np.int64), other.lengths
-        )
+        other = parts[1] if len(parts) > 1 else _Ragged(pa.array([], pa.int64()), np.zeros(len(main), dtype=np.int64))
+        columns["label_negative"] = _list_array(ids[1] if len(parts) > 1 else np.empty(0, np.int64), other.lengths)
     spec = LabelSpec(form=form, num_classes=size)
     _check(columns, spec, where, keys)
     given = list(names or [])
@@ -147,9 +135,7 @@ def _check_source(table: pa.Table, source: LabelSource, where: str) -> None:
     if source.weight_column and source.form != "soft":
         raise DataError(f"{where}: a weight column belongs to soft labels, the form is {source.form!r}.")
     if source.negative_column and source.form != "partial":
-        raise DataError(
-            f"{where}: a column of negatives belongs to partial labels, the form is {source.form!r}."
-        )
+        raise DataError(f"{where}: a column of negatives belongs to partial labels, the form is {source.form!r}.")
     if source.class_names is not None and len(set(source.class_names)) != len(source.class_names):
         raise DataError(f"{where}: class_names holds a name twice.")
 
@@ -178,9 +164,7 @@ def _plain(table: pa.Table, name: str) -> pa.Array:
 def _missing(column: pa.Array, where: str, name: str) -> None:
     if column.null_count:
         row = column.is_null().index(True).as_py()
-        raise DataError(
-            f"{where}: row {row + 1}: {name} is missing. For no label at all, write an empty list."
-        )
+        raise DataError(f"{where}: row {row + 1}: {name} is missing. For no label at all, write an empty list.")
 
 
 def _tokens(values: pa.Array, where: str, name: str) -> pa.Array:
@@ -265,9 +249,7 @@ def _soft_objects(column: pa.Array, where: str, name: str) -> tuple[_Ragged, pa.
         except (ValueError, AttributeError, TypeError):
             what = f'{name} {text[:60]!r} isn\'t a JSON object such as {{"cat": 0.7, "dog": 0.3}}'
             raise DataError(f"{where}: row {row + 1}: {what}.") from None
-    return _Ragged(pa.array(tokens, pa.string()), lengths), _list_array(
-        pa.array(weights, pa.float32()), lengths
-    )
+    return _Ragged(pa.array(tokens, pa.string()), lengths), _list_array(pa.array(weights, pa.float32()), lengths)
 
 
 def _continuous(table: pa.Table, source: LabelSource, where: str, keys: Sequence[str]) -> ImportedLabels:
@@ -286,9 +268,7 @@ def _continuous(table: pa.Table, source: LabelSource, where: str, keys: Sequence
     return ImportedLabels(spec, {"label": label}, None)
 
 
-def _to_ids(
-    parts: list[_Ragged], source: LabelSource, where: str
-) -> tuple[list[np.ndarray], list[str] | None]:
+def _to_ids(parts: list[_Ragged], source: LabelSource, where: str) -> tuple[list[np.ndarray], list[str] | None]:
     """Ids (N,) of each part, over one label space; the class names where labels are names."""
     texts = [p.tokens for p in parts if pa.types.is_string(p.tokens.type)]
     all_integers = all(pc.all(pc.match_substring_regex(t, _INTEGER)).as_py() is not False for t in texts)
@@ -321,6 +301,4 @@ def _ids_of_names(part: _Ragged, space: pa.Array, where: str) -> np.ndarray:
 
 def _list_array(values: Any, lengths: np.ndarray) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(values) if isinstance(values, np.ndarray) else values
-    )
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values) if isinstance(values, np.ndarray) else values)

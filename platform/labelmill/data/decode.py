@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from labelmill.data.manifest import FieldSpec
 from labelmill.errors import DataError
@@ -57,9 +58,11 @@ def decode_images(
         out = np.zeros((len(column), *height_width, channels), dtype=np.uint8)
     for i, raw in enumerate(binary_views(column)):
         try:
-            image = decode_image(raw, height_width, channels)
+            image = decode_image(raw, height_width, channels, None if out is None else out[i])
         except ValueError as error:
             bad.append((keys[i], str(error)))
+            if out is not None:
+                out[i] = 0  # a damaged image may have been decoded in part
             continue
         if out is None:
             out, first = np.zeros((len(column), *image.shape), dtype=np.uint8), keys[i]
@@ -68,7 +71,8 @@ def decode_images(
                 f"images differ in size: sample {keys[i]!r} is {_show(image.shape)}, {first!r} is "
                 f"{_show(out.shape[1:])}. Give a size that every image is resized to (image_size)."
             )
-        out[i] = image
+        if not np.may_share_memory(image, out):
+            out[i] = image
         valid_B[i] = True
     if out is None and not len(column):
         out = np.zeros((0, 0, 0, channels), dtype=np.uint8)
@@ -85,12 +89,17 @@ def _show(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def decode_image(raw: bytes | memoryview | None, size: tuple[int, int] | None, channels: int) -> np.ndarray:
-    """One image as uint8 (H, W, C). Raises ValueError with the reason when it can't be decoded."""
+def decode_image(
+    raw: bytes | memoryview | None, size: tuple[int, int] | None, channels: int, row: np.ndarray | None = None
+) -> np.ndarray:
+    """One image as uint8 (H, W, C), in the memory of `row` where that fits and saves a copy.
+
+    Raises ValueError with the reason when it can't be decoded.
+    """
     if not raw:
         raise ValueError("no content")
     if bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
-        image = _decode_jpeg(raw, size, channels)
+        image = _decode_jpeg(raw, size, channels, row)
         if image is not None:
             return image if size is None or image.shape[:2] == size else _resize(image, size)
     try:
@@ -100,21 +109,29 @@ def decode_image(raw: bytes | memoryview | None, size: tuple[int, int] | None, c
             if size is not None and flat.size != size[::-1]:
                 flat = flat.resize(size[::-1], Image.Resampling.BILINEAR)
             return np.asarray(flat).reshape(flat.height, flat.width, channels)
+    except UnidentifiedImageError:
+        raise ValueError(f"not an image (it begins with {bytes(raw[:8])!r})") from None
     except (OSError, SyntaxError, Image.DecompressionBombError, ValueError, EOFError) as error:
-        raise ValueError(str(error).replace(" <_io.BytesIO object>", "") or type(error).__name__) from None
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
-def _decode_jpeg(raw: bytes | memoryview, size: tuple[int, int] | None, channels: int) -> np.ndarray | None:
+def _decode_jpeg(
+    raw: bytes | memoryview, size: tuple[int, int] | None, channels: int, row: np.ndarray | None
+) -> np.ndarray | None:
     """A JPEG through libjpeg-turbo, already scaled down where possible; None leaves it to Pillow."""
-    least = {} if size is None else {"min_height": size[0], "min_width": size[1]}
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
     except ValueError:
         return None  # unusual sampling or broken: Pillow tells them apart
-    if space in ("CMYK", "YCCK") or max(height, width) > 16384:  # Pillow guards against decompression bombs
-        return None
+    if space in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or 2**62):
+        return None  # Pillow has the colours, and guards against decompression bombs
+    options: dict[str, Any] = {}
+    if row is not None and row.shape[:2] == (height, width):
+        options = {"buffer": row}
+    elif size is not None:
+        options = {"min_height": size[0], "min_width": size[1]}
     try:
-        return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], fastdct=False, **least)
+        return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], **options)
     except ValueError as error:
         raise ValueError(f"JPEG: {error}") from None
 

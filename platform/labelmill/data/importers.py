@@ -125,9 +125,7 @@ def _by_value(names: Sequence[str]) -> Callable[[str], Any]:
 def _checked_kind(head: bytes, where: str) -> str:
     kind = image_kind(head)
     if kind is None:
-        raise DataError(
-            f"{where}: not an image (it begins with {head[:8]!r}). Remove or repair it, then import again."
-        )
+        raise DataError(f"{where}: not an image (it begins with {head[:8]!r}). Remove or repair it, then import again.")
     return kind
 
 
@@ -158,15 +156,9 @@ def import_idx(
     differ.
     """
     pixels = read_idx(images)
-    if (
-        pixels.ndim not in (3, 4)
-        or pixels.dtype != np.uint8
-        or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4))
-    ):
+    if pixels.ndim not in (3, 4) or pixels.dtype != np.uint8 or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3, 4)):
         found = f"{pixels.dtype}{list(pixels.shape)}"
-        raise DataError(
-            f"{os.fspath(images)}: images are uint8 (N, H, W) or (N, H, W, C), this file holds {found}."
-        )
+        raise DataError(f"{os.fspath(images)}: images are uint8 (N, H, W) or (N, H, W, C), this file holds {found}.")
     stem = clean_key(options.get("name") or os.path.basename(os.fspath(images)).removesuffix(".gz"))
     keys = [f"{stem}-{i:07d}" for i in range(len(pixels))]
     parsed = ImportedLabels(LabelSpec(form="none"), {}, None)
@@ -211,8 +203,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     need, have = int(np.prod(shape, dtype=np.int64)) * kind.itemsize, len(raw) - 4 - 4 * raw[3]
     if need != have:
         raise DataError(
-            f"{where}: its header announces {list(shape)}, {need} bytes, but {have} follow. Copy the file "
-            "again."
+            f"{where}: its header announces {list(shape)}, {need} bytes, but {have} follow. Copy the file again."
         )
     array = np.frombuffer(raw, dtype=kind, offset=4 + 4 * raw[3]).reshape(shape)
     return array.astype(kind.newbyteorder("="), copy=False)
@@ -254,9 +245,7 @@ def import_table(
     """
     where = store.normal(path)
     form: Form = label_form or ("single" if label_column else "none")
-    source = LabelSource(
-        form, label_column, weight_column, negative_column, separator, num_classes, class_names
-    )
+    source = LabelSource(form, label_column, weight_column, negative_column, separator, num_classes, class_names)
     wanted = [c for c in (text_column, image_column, key_column) if c]
     if text_column is None and image_column is None:
         raise DataError(f"{where}: name the column of the samples: a text column, an image column, or both.")
@@ -325,9 +314,7 @@ def _images_of(table: pa.Table, name: str, where: str) -> tuple[Callable[[int], 
         paths = [store.join(folder, p) for p in column.to_pylist()]
         for row, path in enumerate(paths):
             if not store.exists(path):
-                raise DataError(
-                    f"{where}: row {row + 1}: no image file {path} (relative to the table's folder)."
-                )
+                raise DataError(f"{where}: row {row + 1}: no image file {path} (relative to the table's folder).")
             kinds.add(_checked_kind(store.read_head(path, 16), f"{where}: row {row + 1}: {path}"))
         return lambda i: store.read_bytes(paths[i]).to_pybytes(), ";".join(sorted(kinds))
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -383,8 +370,6 @@ def _write(
             for first in range(0, len(rows), _CHUNK):
                 some = rows[first : first + _CHUNK]
                 picked = {n: c.take(pa.array(some)) for n, c in labels.columns.items()}
-                writer.write_table(
-                    pa.table({"key": key_column.take(pa.array(some)), **values(some), **picked})
-                )
+                writer.write_table(pa.table({"key": key_column.take(pa.array(some)), **values(some), **picked}))
             writers[part] = writer
         return {part: writer.close(labels.classes) for part, writer in writers.items()}

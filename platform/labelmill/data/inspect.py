@@ -144,9 +144,7 @@ def _examples(manifest: Manifest, count: int, thumbnail: int) -> list[dict[str, 
             elif spec.kind == "text":
                 example[name] = value
             else:
-                example[name] = (
-                    f"{spec.kind}, {len(value)} {'values' if isinstance(value, list) else 'bytes'}"
-                )
+                example[name] = f"{spec.kind}, {len(value)} {'values' if isinstance(value, list) else 'bytes'}"
         out.append(example)
     return out
 
@@ -184,9 +182,7 @@ def _thumbnail(raw: bytes, side: int) -> bytes | str:
     return file.getvalue()
 
 
-def contact_sheet(
-    images: Sequence[bytes], path: str | os.PathLike[str], columns: int = 8, gap: int = 4
-) -> None:
+def contact_sheet(images: Sequence[bytes], path: str | os.PathLike[str], columns: int = 8, gap: int = 4) -> None:
     """Writes images (encoded, for instance the thumbnails of `inspect`) side by side as one PNG.
 
     Raises DataError when there is no image, or `path` can't be written.
@@ -246,17 +242,13 @@ def _label_table(label: dict[str, Any]) -> Any:
         table.add_row("classes", f"{label['num_classes']:,}")
     if "classes_seen" in label:
         table.add_row("classes with samples", f"{label['classes_seen']:,}")
-        table.add_row(
-            "samples a class", ", ".join(f"{k} {v:,}" for k, v in label["samples_per_class"].items())
-        )
+        table.add_row("samples a class", ", ".join(f"{k} {v:,}" for k, v in label["samples_per_class"].items()))
         tail = ", ".join(f"{v:,} with {k}" for k, v in label["tail"].items() if v)
         table.add_row("classes by samples", tail)
         for name in ("largest", "smallest"):
             table.add_row(name, escape(", ".join(f"{n} ({c:,})" for n, c in label[name])))
     if "labels_per_sample" in label:
-        table.add_row(
-            "labels a sample", ", ".join(f"{k} {v:,}" for k, v in label["labels_per_sample"].items())
-        )
+        table.add_row("labels a sample", ", ".join(f"{k} {v:,}" for k, v in label["labels_per_sample"].items()))
         table.add_row("samples without label", f"{label['unlabelled']:,}")
     if "values" in label:
         table.add_row("dimensions", str(label["dim"]))

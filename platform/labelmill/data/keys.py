@@ -73,9 +73,7 @@ def keys_of_paths(paths: Sequence[str]) -> list[str]:
     counts = Counter(keys)
     for i, (key, path) in enumerate(zip(keys, paths, strict=True)):
         if counts[key] > 1:
-            keys[i] = (
-                f"{key[: MAX_KEY_BYTES - 9]}-{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
-            )
+            keys[i] = f"{key[: MAX_KEY_BYTES - 9]}-{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
     return keys
 
 
@@ -98,9 +96,7 @@ def assign_splits(keys: Sequence[str], split: Mapping[str, float]) -> dict[str, 
     """
     total = sum(split.values())
     if not split or abs(total - 1) > 1e-6 or min(split.values()) <= 0:
-        raise DataError(
-            f"split {dict(split)}: shares must be above 0 and add up to 1, these add up to {total:g}."
-        )
+        raise DataError(f"split {dict(split)}: shares must be above 0 and add up to 1, these add up to {total:g}.")
     if wrong := [name for name in split if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]:
         raise DataError(f"split {wrong[0]!r}: a split names a folder: letters, digits, '-' and '_'.")
     unit = key_hashes(keys)[0] / np.float64(2**64)

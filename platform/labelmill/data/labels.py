@@ -175,9 +175,7 @@ def labels_from_table(table: pa.Table, spec: LabelSpec) -> Labels:
     return Labels(spec.form, torch.from_numpy(ids), weights, negatives)
 
 
-def _padded(
-    column: pa.Array, fill: float, dtype: type, width: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _padded(column: pa.Array, fill: float, dtype: type, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """List column -> ((B, width) array padded with `fill`, (B,) lengths)."""
     values, lengths = ragged(column)
     widest = int(lengths.max(initial=0)) if width is None else width
@@ -189,9 +187,7 @@ def _padded(
 def ragged(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """List column of B rows -> (values end to end (N,), lengths (B,)); a null list counts as empty."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
-    return column.flatten().to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False).astype(
-        np.int64
-    )
+    return column.flatten().to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa.Array]:
@@ -209,13 +205,10 @@ def _typed_columns(table: pa.Table, spec: LabelSpec, where: str) -> dict[str, pa
                 column = column.cast(wanted)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise DataError(
-                    f"{where}: column {name!r} is {column.type}, labels of form {spec.form!r} need {wanted} "
-                    f"({error})."
+                    f"{where}: column {name!r} is {column.type}, labels of form {spec.form!r} need {wanted} ({error})."
                 ) from None
         chunks = column.chunks
-        out[name] = (
-            chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks) if chunks else pa.array([], wanted)
-        )
+        out[name] = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks) if chunks else pa.array([], wanted)
     return out
 
 
@@ -251,9 +244,7 @@ class _Check:
     def no_nulls(self, name: str) -> None:
         column = self.columns[name]
         if column.null_count:
-            self.fail(
-                np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)), f"{name} is missing (null)."
-            )
+            self.fail(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)), f"{name} is missing (null).")
         if pa.types.is_list(column.type) and column.flatten().null_count:
             bad = np.flatnonzero(column.flatten().is_null().to_numpy(zero_copy_only=False))
             lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
@@ -323,9 +314,7 @@ def check_labels(table: pa.Table, spec: LabelSpec, where: str, first_row: int | 
             both, rows = np.concatenate([ids_N, other_N]), np.concatenate([rows_N, other_rows_N])
             check.distinct("label and label_negative", both, rows, "as positive and as negative")
         elif spec.form == "complementary" and (lengths_B >= spec.num_classes).any():
-            check.fail(
-                np.flatnonzero(lengths_B >= spec.num_classes), "every class is excluded, none is left."
-            )
+            check.fail(np.flatnonzero(lengths_B >= spec.num_classes), "every class is excluded, none is left.")
 
 
 def _check_continuous(check: _Check) -> None:
@@ -335,9 +324,7 @@ def _check_continuous(check: _Check) -> None:
         found, dim = int(lengths_B[wrong[0]]), check.spec.dim
         check.fail(wrong, f"label has {found} value(s), the data set's continuous labels have {dim}.")
     if (wrong := np.flatnonzero(~np.isfinite(values_N))).size:
-        check.fail(
-            wrong // (check.spec.dim or 1), f"label holds {values_N[wrong[0]]}, which is not a finite number."
-        )
+        check.fail(wrong // (check.spec.dim or 1), f"label holds {values_N[wrong[0]]}, which is not a finite number.")
 
 
 def _check_weights(check: _Check, rows_N: np.ndarray, lengths_B: np.ndarray) -> None:
@@ -345,13 +332,9 @@ def _check_weights(check: _Check, rows_N: np.ndarray, lengths_B: np.ndarray) -> 
     weights_N, weight_lengths_B = ragged(check.columns["label_weight"])
     if (wrong := np.flatnonzero(weight_lengths_B != lengths_B)).size:
         i = wrong[0]
-        check.fail(
-            wrong, f"label has {lengths_B[i]} class(es) but label_weight has {weight_lengths_B[i]} weight(s)."
-        )
+        check.fail(wrong, f"label has {lengths_B[i]} class(es) but label_weight has {weight_lengths_B[i]} weight(s).")
     if (wrong := np.flatnonzero(~(np.isfinite(weights_N) & (weights_N >= 0)))).size:
-        check.fail(
-            rows_N[wrong], f"label_weight holds {weights_N[wrong[0]]}; weights are finite and not negative."
-        )
+        check.fail(rows_N[wrong], f"label_weight holds {weights_N[wrong[0]]}; weights are finite and not negative.")
     if (wrong := np.flatnonzero(np.bincount(rows_N, weights_N, minlength=len(lengths_B)) <= 0)).size:
         check.fail(wrong, "a soft label needs at least one class with a weight above 0.")
 

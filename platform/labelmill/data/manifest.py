@@ -46,9 +46,7 @@ class FieldSpec(StrictModel):
         pattern=r"^[a-z0-9_]+([.][a-z0-9_]+)*(;[a-z0-9_]+([.][a-z0-9_]+)*)*$",
         description="extension of the tar member; alternatives separated by ';', as in WebDataset: png;jpg",
     )
-    shape: tuple[int, ...] | None = Field(
-        None, description="shape of every sample's array or decoded image, if fixed"
-    )
+    shape: tuple[int, ...] | None = Field(None, description="shape of every sample's array or decoded image, if fixed")
     dtype: str | None = Field(None, description="element type of arrays of fixed shape")
 
     @field_validator("dtype")
@@ -95,14 +93,10 @@ class Manifest(StrictModel):
 
     schema_version: Literal[1] = 1
     name: str = Field(min_length=1)
-    layout: Layout = Field(
-        description="tar: a member per field and sample; packed: a member per block of samples"
-    )
+    layout: Layout = Field(description="tar: a member per field and sample; packed: a member per block of samples")
     fields: dict[str, FieldSpec]
     label: LabelSpec
-    classes: str | None = Field(
-        None, description="Arrow file of the label space: name, count, further columns"
-    )
+    classes: str | None = Field(None, description="Arrow file of the label space: name, count, further columns")
     classes_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     shards: tuple[ShardInfo, ...]
     parents: tuple[str, ...] = Field((), description="digests of the versions that this one was made from")
@@ -113,13 +107,9 @@ class Manifest(StrictModel):
     @classmethod
     def _field_names(cls, value: dict[str, FieldSpec]) -> dict[str, FieldSpec]:
         if taken := set(value) & {"key", *LABEL_COLUMNS}:
-            raise ValueError(
-                f"a field can't be called {sorted(taken)[0]!r}: that column has a meaning of its own"
-            )
+            raise ValueError(f"a field can't be called {sorted(taken)[0]!r}: that column has a meaning of its own")
         exts = [ext for spec in value.values() for ext in spec.exts]
-        if twice := sorted(
-            {ext for ext in exts if exts.count(ext) > 1} | ({"cls", "labels.json"} & set(exts))
-        ):
+        if twice := sorted({ext for ext in exts if exts.count(ext) > 1} | ({"cls", "labels.json"} & set(exts))):
             raise ValueError(f"extension {twice[0]!r} belongs to two fields or is the label's")
         return value
 
@@ -154,9 +144,7 @@ class Manifest(StrictModel):
     def root(self) -> str:
         """Folder of the manifest. Raises DataError for a manifest that was neither loaded nor saved."""
         if self._root is None:
-            raise DataError(
-                f"data set {self.name!r} has no place yet: load it with load_manifest, or save it first."
-            )
+            raise DataError(f"data set {self.name!r} has no place yet: load it with load_manifest, or save it first.")
         return self._root
 
     def at(self, root: str | os.PathLike[str]) -> Manifest:
@@ -194,9 +182,7 @@ class Manifest(StrictModel):
         path = store.join(self.root, self.classes)
         data = store.read_bytes(path)
         if self.classes_sha256 and hashlib.sha256(data).hexdigest() != self.classes_sha256:
-            raise DataError(
-                f"{path}: the label space changed since it was written (sha256 differs). Copy it again."
-            )
+            raise DataError(f"{path}: the label space changed since it was written (sha256 differs). Copy it again.")
         try:
             table = pa.ipc.open_file(data).read_all()
         except pa.ArrowInvalid as error:
@@ -210,9 +196,7 @@ class Manifest(StrictModel):
 def check_classes(table: pa.Table, label: LabelSpec, where: str) -> None:
     """Raises DataError unless `table` names each of the label's classes, with int64 counts if any."""
     if "name" not in table.column_names or table.column("name").type != pa.string():
-        raise DataError(
-            f"{where}: a label space needs a column `name` of strings; found {table.schema.names}."
-        )
+        raise DataError(f"{where}: a label space needs a column `name` of strings; found {table.schema.names}.")
     if "count" in table.column_names and table.column("count").type != pa.int64():
         raise DataError(f"{where}: column `count` of the label space must be int64.")
     if table.num_rows != label.num_classes:
@@ -260,15 +244,10 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise DataError(f"{file}: {'; '.join(lines[:10])}. The manifest was edited or is damaged.") from None
     if not manifest.shards:
-        raise DataError(
-            f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again."
-        )
+        raise DataError(f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again.")
     return manifest.at(os.path.dirname(file))
 
 

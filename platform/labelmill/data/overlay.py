@@ -73,9 +73,7 @@ def write_label_overlay(
             moved = {"path": _shard_from(manifest, i, place), "labels": path}
             shards.append(info.model_copy(update=moved | {"labels_sha256": hashlib.sha256(data).hexdigest()}))
         if next(remaining, None) is not None:
-            raise DataError(
-                f"{place}: labels for more shards than the {len(manifest.shards)} of the data set."
-            )
+            raise DataError(f"{place}: labels for more shards than the {len(manifest.shards)} of the data set.")
         update: dict[str, Any] = {"classes": None, "classes_sha256": None}
         if classes is not None:
             data = classes_bytes(with_counts(classes, label, counts, place))

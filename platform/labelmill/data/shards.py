@@ -70,9 +70,7 @@ class ShardDamage(DataError):
         text = f"{shard}: {reason}"
         text += f" at byte {offset}" if offset is not None else ""
         if found is not None:
-            text += f"; {found} whole samples found" + (
-                f", {expected} expected" if expected is not None else ""
-            )
+            text += f"; {found} whole samples found" + (f", {expected} expected" if expected is not None else "")
         text += f"; first sample concerned: {key!r}" if key is not None else ""
         error = cls(f"{text}. {_MEND}")
         error.reason, error.shard, error.offset, error.key = reason, shard, offset, key
@@ -99,7 +97,7 @@ def read_shard(manifest: Manifest, i: int, verify: bool = True) -> pa.Table:
     digest = hashlib.sha256(data).hexdigest() if verify else info.sha256
     # content is looked at even when it is known to be wrong: to say where
     table = _parse(
-        data, manifest, path, info.samples, labelled=info.labels is None, trusted=digest == info.sha256
+        data, manifest, path, info.samples, labelled=info.labels is None, trusted=verify and digest == info.sha256
     )
     if table.num_rows != info.samples:
         raise ShardDamage.of(path, "wrong number of samples", found=table.num_rows, expected=info.samples)
@@ -107,9 +105,7 @@ def read_shard(manifest: Manifest, i: int, verify: bool = True) -> pa.Table:
         reason = f"{data.size} bytes long instead of {info.bytes}"
         raise ShardDamage.of(path, reason, found=table.num_rows, expected=info.samples)
     if digest != info.sha256:
-        reason = (
-            f"the content changed since it was written (sha256 {digest[:12]}..., not {info.sha256[:12]}...)"
-        )
+        reason = f"the content changed since it was written (sha256 {digest[:12]}..., not {info.sha256[:12]}...)"
         raise ShardDamage.of(path, reason, found=table.num_rows, expected=info.samples)
     if info.labels is None:
         return table
@@ -177,9 +173,7 @@ def group_members(index: TarIndex, where: str) -> Samples:
     return Samples(keys, members)
 
 
-def _parse(
-    data: pa.Buffer, manifest: Manifest, path: str, expected: int, labelled: bool, trusted: bool
-) -> pa.Table:
+def _parse(data: pa.Buffer, manifest: Manifest, path: str, expected: int, labelled: bool, trusted: bool) -> pa.Table:
     view = memoryview(data)
     try:
         index = parse_tar(view)
@@ -202,7 +196,7 @@ def _parse(
 def _whole_samples(
     index: TarIndex, data: pa.Buffer, manifest: Manifest, path: str, labelled: bool
 ) -> tuple[int, str | None]:
-    """How many samples are complete, and the key of the first that isn't. Raises ShardDamage as the readers do."""
+    """How many samples are complete, and the key of the first that isn't."""
     if manifest.layout == "packed":
         return _unpack(data, index, manifest, path, labelled, trusted=False).num_rows, None
     wanted = [spec.exts for spec in manifest.fields.values()]
@@ -237,9 +231,7 @@ def _collect(view: memoryview, index: TarIndex, manifest: Manifest, path: str, l
 
     def fail(row: int, reason: str) -> ShardDamage:
         place = samples.members[row].values()
-        return ShardDamage.of(
-            path, f"sample {keys[row]!r}: {reason}", min(offsets[i] for i in place).item(), keys[row]
-        )
+        return ShardDamage.of(path, f"sample {keys[row]!r}: {reason}", min(offsets[i] for i in place).item(), keys[row])
 
     columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for name, spec in manifest.fields.items():
@@ -259,9 +251,7 @@ def _gather(view: memoryview, offsets: np.ndarray, sizes: np.ndarray) -> pa.Chun
         base = int(ends[first - 1]) if first else 0
         last = int(np.searchsorted(ends, base + _MAX_BINARY, side="right"))
         if last == first and first < len(sizes):
-            raise DataError(
-                f"a member of {int(sizes[first])} bytes is too large: at most {_MAX_BINARY} can be read."
-            )
+            raise DataError(f"a member of {int(sizes[first])} bytes is too large: at most {_MAX_BINARY} can be read.")
         spans = zip(offsets[first:last].tolist(), sizes[first:last].tolist(), strict=True)
         content = pa.py_buffer(b"".join([view[o : o + s] for o, s in spans]))
         starts = np.concatenate([[0], ends[first:last] - base]).astype(np.int32)
@@ -292,9 +282,7 @@ def _typed(column: pa.ChunkedArray, spec: FieldSpec, fail: Fail) -> pa.ChunkedAr
             raise fail(i, f"its array isn't readable as NPY: {error}") from None
         if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
             found = f"{array.dtype}{list(array.shape)}"
-            raise fail(
-                i, f"its array is {found}, the manifest says {spec.dtype}{list(spec.shape or ())}"
-            ) from None
+            raise fail(i, f"its array is {found}, the manifest says {spec.dtype}{list(spec.shape or ())}") from None
         rows.append(array.ravel())
     flat = np.concatenate(rows) if rows else np.empty(0, dtype=spec.dtype)
     return pa.chunked_array([pa.FixedSizeListArray.from_arrays(pa.array(flat), type=wanted)])
@@ -346,9 +334,7 @@ def _first_bad(column: pa.ChunkedArray, parse: Callable[[bytes], object]) -> int
 # --- layout "packed" and overlays ----------------------------------------------------------------------
 
 
-def _unpack(
-    data: pa.Buffer, index: TarIndex, manifest: Manifest, path: str, labelled: bool, trusted: bool
-) -> pa.Table:
+def _unpack(data: pa.Buffer, index: TarIndex, manifest: Manifest, path: str, labelled: bool, trusted: bool) -> pa.Table:
     schema = manifest.schema
     if not labelled:
         schema = pa.schema([f for f in schema if f.name not in LABEL_COLUMNS])
@@ -356,9 +342,7 @@ def _unpack(
     for name, offset, size in zip(index.names, index.offsets, index.sizes, strict=True):
         found = sum(t.num_rows for t in tables)
         if not name.endswith(".arrow"):
-            raise ShardDamage.of(
-                path, f"member {name!r} isn't an .arrow block of a packed shard", offset, found=found
-            )
+            raise ShardDamage.of(path, f"member {name!r} isn't an .arrow block of a packed shard", offset, found=found)
         try:
             table = pa.ipc.open_stream(data.slice(offset, size)).read_all().select(schema.names)
             if not trusted:  # bytes nobody vouches for may hold offsets that lead anywhere
@@ -386,9 +370,7 @@ def _read_overlay(manifest: Manifest, i: int, verify: bool) -> pa.Table:
     except (pa.ArrowException, KeyError, OSError) as error:
         raise DataError(f"{path}: the labels can't be read ({error}). Write the overlay again.") from None
     if table.num_rows != info.samples:
-        raise DataError(
-            f"{path}: {table.num_rows} labels for {info.samples} samples. Write the overlay again."
-        )
+        raise DataError(f"{path}: {table.num_rows} labels for {info.samples} samples. Write the overlay again.")
     return table
 
 

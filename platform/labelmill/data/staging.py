@@ -83,6 +83,4 @@ def check_free(out: str, overwrite: bool) -> None:
     old = load_manifest(out)
     mine = {MANIFEST_FILE, old.classes, *(s.path for s in old.shards), *(s.labels for s in old.shards)}
     if foreign := [file for file in files if file not in mine]:
-        raise DataError(
-            f"{out}: won't overwrite: {foreign[0]!r} isn't part of the data set there. Move it away first."
-        )
+        raise DataError(f"{out}: won't overwrite: {foreign[0]!r} isn't part of the data set there. Move it away first.")

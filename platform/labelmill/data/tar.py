@@ -152,9 +152,7 @@ def _walk(data: memoryview, index: TarIndex, headers: list[int], owners: list[in
         elif kind not in (b"K", b"g"):
             name = _name(header) if long_name is None else long_name
             what = _KINDS.get(kind, f"of unknown type {kind!r}")
-            raise damage(
-                f"member {name!r} is {what}, not a file (pack files themselves: tar --dereference)", name
-            )
+            raise damage(f"member {name!r} is {what}, not a file (pack files themselves: tar --dereference)", name)
     index.end = min(at, total)
 
 

@@ -103,9 +103,7 @@ def import_webdataset(
     for field_name, spec in specs.items():
         if sum(n for shape, n in scan.shapes.items() if set(spec.exts) & set(shape)) < scan.total:
             example, wanted = scan.without(spec.exts), " or .".join(spec.exts)
-            raise DataError(
-                f"{example!r} has no field {field_name!r} (member .{wanted}). Say which fields to read."
-            )
+            raise DataError(f"{example} has no field {field_name!r} (member .{wanted}). Say which fields to read.")
     draft = Manifest(
         name=name or os.path.basename(os.path.dirname(tars[0])) or "webdataset",
         layout="tar",
@@ -127,9 +125,7 @@ def import_webdataset(
             num_classes=num_classes,
             class_names=class_names,
         )
-    labels = read_labels_of(
-        pa.table(columns), source, f"{os.path.dirname(tars[0])} (labels)", keys.to_pylist()
-    )
+    labels = read_labels_of(pa.table(columns), source, f"{os.path.dirname(tars[0])} (labels)", keys.to_pylist())
     if in_place:
         return {"all": _commit(draft, labels, Staging(place, overwrite))}
     table = pa.table({"key": keys, **labels.columns})
@@ -188,10 +184,7 @@ def _braces(text: str) -> Iterator[str]:
         yield text
         return
     first, last, words = match.groups()
-    if words is None:
-        parts = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        parts = words.split(",")
+    parts = words.split(",") if words else [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     for part in parts:
         yield from _braces(text[: match.start()] + part + text[match.end() :])
 
@@ -214,23 +207,22 @@ def _scan_tar(path: str, scan: _Scan) -> None:
     view = memoryview(data)
     try:
         index = parse_tar(view)
+        if not index.ended:
+            reason = "no end-of-archive marker, so it may be cut, and nothing says how many samples there should be,"
+            raise TarDamage(reason, index.end, index)
     except TarDamage as damage:
-        found = len(group_members(damage.index, path).keys)
+        before = group_members(damage.index, path).members
+        found = sum(m.keys() >= before[0].keys() for m in before)  # as complete as the first
         raise ShardDamage.of(path, damage.reason, damage.offset, found=found) from None
     samples = group_members(index, path)
-    if not index.ended:
-        reason = "no end-of-archive marker, so it may be cut: nothing says how many samples there should be"
-        raise ShardDamage.of(path, reason, index.end, found=len(samples.keys))
     if not samples.keys:
         raise DataError(f"{path}: no sample in this tar: members are called <key>.<extension>.")
     if all(set(m) == {"arrow"} for m in samples.members):
-        raise DataError(
-            f"{path}: a packed shard of a labelmill data set. Use the manifest it was written with."
-        )
+        raise DataError(f"{path}: a packed shard of a labelmill data set. Use the manifest it was written with.")
     for key, members in zip(samples.keys, samples.members, strict=True):
         shape = tuple(sorted(members))
         scan.shapes[shape] += 1
-        scan.example.setdefault(shape, f"{path}: sample {key}")
+        scan.example.setdefault(shape, f"{path}: sample {key!r}")
         for ext in _LABEL_EXTS:
             raw = None
             if (i := members.get(ext)) is not None:
@@ -249,9 +241,7 @@ def _infer_fields(scan: _Scan) -> dict[str, FieldSpec]:
     plain_images = [e for e in exts if e in IMAGE_EXTS]
     fields: dict[str, FieldSpec] = {}
     if any(len(set(shape) & IMAGE_EXTS) > 1 for shape in scan.shapes):
-        fields |= {
-            e: FieldSpec(kind="image", ext=e) for e in plain_images
-        }  # such as photo.jpg beside mask.png
+        fields |= {e: FieldSpec(kind="image", ext=e) for e in plain_images}  # such as photo.jpg beside mask.png
     elif plain_images:
         fields["image"] = FieldSpec(kind="image", ext=";".join(plain_images))
     for ext in exts:
@@ -278,15 +268,11 @@ def _complete(scan: _Scan, ext: str) -> bool:
     """Whether the samples have a member of extension `ext`: all or none. Raises DataError for some."""
     if 0 < scan.count(ext) < scan.total:
         missing = scan.total - scan.count(ext)
-        raise DataError(
-            f"{scan.without([ext])} has no .{ext} member ({missing} of {scan.total} samples lack it)."
-        )
+        raise DataError(f"{scan.without([ext])} has no .{ext} member ({missing} of {scan.total} samples lack it).")
     return scan.count(ext) > 0
 
 
-def _label_columns(
-    scan: _Scan, form: Form | None, label_field: str | None
-) -> tuple[dict[str, Any], Form, bool]:
+def _label_columns(scan: _Scan, form: Form | None, label_field: str | None) -> tuple[dict[str, Any], Form, bool]:
     """Label columns for `read_labels_of`, their form, and whether the tars hold them as ids."""
     if form == "none":
         return {}, "none", True
@@ -305,9 +291,7 @@ def _label_columns(
         columns = {n: _column([o[n] for o in objects], scan, f"labels.json, {n}") for n in names}
         return columns, form or _form_of(columns), not _is_text(columns["label"])
     if form is not None:
-        raise DataError(
-            f"{scan.shards[0].path}: no .cls or .labels.json member to take {form!r} labels from."
-        )
+        raise DataError(f"{scan.shards[0].path}: no .cls or .labels.json member to take {form!r} labels from.")
     return {}, "none", True
 
 

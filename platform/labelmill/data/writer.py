@@ -137,9 +137,7 @@ class ShardWriter:
                 self._write_block(pa.concat_tables(self._pending))
             self._finish_shard()
             if not self._shards:
-                raise DataError(
-                    f"{self._out}: nothing to write: the data set {self._draft.name!r} has no sample."
-                )
+                raise DataError(f"{self._out}: nothing to write: the data set {self._draft.name!r} has no sample.")
             check_unique(pa.chunked_array(self._keys), self._out)
             update: dict[str, Any] = {"shards": tuple(self._shards)}
             if classes is not None:
@@ -198,9 +196,7 @@ class ShardWriter:
         if missing := sorted(need - have):
             raise DataError(f"{self._out}: {who} lacks {', '.join(missing)}.")
         unknown = ", ".join(sorted(have - need))
-        raise DataError(
-            f"{self._out}: {who} has {unknown}, but the data set holds {', '.join(self._schema.names)}."
-        )
+        raise DataError(f"{self._out}: {who} has {unknown}, but the data set holds {', '.join(self._schema.names)}.")
 
     def _wrong_value(self, rows: list[dict[str, Any]], error: Exception) -> DataError:
         for row in rows:
@@ -284,9 +280,7 @@ class ShardWriter:
             for piece in pieces:
                 digest.update(piece)
             file.write(b"".join(pieces))
-        info = ShardInfo(
-            path=path, samples=self._samples, bytes=self._bytes + len(END), sha256=digest.hexdigest()
-        )
+        info = ShardInfo(path=path, samples=self._samples, bytes=self._bytes + len(END), sha256=digest.hexdigest())
         self._shards.append(info)
         self._pieces, self._bytes, self._samples = [], 0, 0
 
@@ -313,8 +307,7 @@ def _array_value(array: np.ndarray, spec: FieldSpec, name: str, key: str) -> Any
         return _npy(array)
     if array.shape != spec.shape:
         raise DataError(
-            f"sample {key!r}: {name} has shape {list(array.shape)}, the data set holds "
-            f"{list(spec.shape or ())}."
+            f"sample {key!r}: {name} has shape {list(array.shape)}, the data set holds {list(spec.shape or ())}."
         )
     return array.ravel()
 

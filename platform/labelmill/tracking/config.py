@@ -66,9 +66,7 @@ class Store:
         file = _sqlite_file(uri)
         if file is not None:
             uri = _sqlite_uri(file)
-        artifacts = (
-            None if scheme.startswith("http") or scheme.startswith("databricks") else output / "mlartifacts"
-        )
+        artifacts = None if scheme.startswith("http") or scheme.startswith("databricks") else output / "mlartifacts"
         if file is not None:
             artifacts = file.parent / "mlartifacts"
         return cls(uri, registry or uri, None if artifacts is None else artifacts.as_uri(), config)
@@ -139,6 +137,7 @@ def import_mlflow() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # migrations of a new database log hundreds of lines, set up by alembic's own configuration
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
     for name, level in (("mlflow", logging.ERROR), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):

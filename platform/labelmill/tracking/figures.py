@@ -24,9 +24,7 @@ _DPI = 120
 _WIDTH = 7.5  # inches; 900 pixels
 
 
-def loss_curve(
-    history: Sequence[Mapping[str, float]], path: str | Path, key: str = "loss", title: str = ""
-) -> Path:
+def loss_curve(history: Sequence[Mapping[str, float]], path: str | Path, key: str = "loss", title: str = "") -> Path:
     """Training loss over steps: the raw values pale, their moving average strong, the learning rate below.
 
     `history` holds a mapping per logged step with `step`, `key` and, if there is a rate panel, `lr`.
@@ -139,9 +137,7 @@ def stacked_parts(
     `parts` holds seconds by part, in the order of time: a mean, or the measured values, whose median is
     shown.
     """
-    seconds = {
-        name: float(np.median(v) if isinstance(v, Sequence | np.ndarray) else v) for name, v in parts.items()
-    }
+    seconds = {name: float(np.median(v) if isinstance(v, Sequence | np.ndarray) else v) for name, v in parts.items()}
     total = sum(seconds.values())
     unit, scale = ("ms", 1e3) if total < 1 else ("s", 1.0)
     figure = _figure(0.9 + 0.3 * len(seconds))
@@ -188,9 +184,7 @@ def image_grid(
     text per image (empty for none). Raises ValueError when the numbers don't fit.
     """
     if len(images) != rows * columns or len(titles) not in (0, rows * columns):
-        raise ValueError(
-            f"a grid of {rows} x {columns} needs {rows * columns} images and titles, not {len(images)}"
-        )
+        raise ValueError(f"a grid of {rows} x {columns} needs {rows * columns} images and titles, not {len(images)}")
     from matplotlib.gridspec import GridSpec
 
     side = min(1.15, _WIDTH / (columns + 0.6))
@@ -211,9 +205,7 @@ def image_grid(
             axes = figure.add_subplot(grid[row, column if column == 0 else column + 1])
             image = np.asarray(images[number])
             image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-            axes.imshow(
-                image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255, interpolation="nearest"
-            )
+            axes.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
@@ -244,10 +236,7 @@ def histograms(
     ylabel: str = "density",
 ) -> Path:
     """Distributions on one axis, each normalised to area 1: filled outlines in the colours of the series."""
-    finite = {
-        name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))]
-        for name, v in values.items()
-    }
+    finite = {name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))] for name, v in values.items()}
     filled = [v for v in finite.values() if len(v)]
     low, high = (min(v.min() for v in filled), max(v.max() for v in filled)) if filled else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
@@ -258,9 +247,7 @@ def histograms(
             continue
         heights, _ = np.histogram(numbers, edges, density=True)
         axes.stairs(heights, edges, fill=True, color=_color(index), alpha=0.22)
-        axes.stairs(
-            heights, edges, color=_color(index), linewidth=1.6, label=f"{name} (n = {len(numbers):,})"
-        )
+        axes.stairs(heights, edges, color=_color(index), linewidth=1.6, label=f"{name} (n = {len(numbers):,})")
     axes.set_ylim(bottom=0)
     _legend(axes)
     _label(axes, xlabel, ylabel, title)

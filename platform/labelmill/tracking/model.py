@@ -151,9 +151,7 @@ def write_model(
     return spec
 
 
-def _find_shards(
-    folder: Path, num_classes: int, dim: int, normalized: bool
-) -> tuple[tuple[HeadShard, ...], str]:
+def _find_shards(folder: Path, num_classes: int, dim: int, normalized: bool) -> tuple[tuple[HeadShard, ...], str]:
     found = [(f.name, m) for f in sorted(folder.glob("*.safetensors")) if (m := _HEAD_FILE.fullmatch(f.name))]
     entries = [{"file": name, "start": int(match[1]), "stop": int(match[2])} for name, match in found]
     ordered = check_cover(entries, num_classes, folder)
@@ -162,9 +160,7 @@ def _find_shards(
         rows_RD = _map_rows(folder / entry["file"])
         want = (entry["stop"] - entry["start"], dim)
         if tuple(rows_RD.shape) != want:
-            raise DataError(
-                f"{folder / entry['file']}: rows have shape {tuple(rows_RD.shape)}, expected {want}"
-            )
+            raise DataError(f"{folder / entry['file']}: rows have shape {tuple(rows_RD.shape)}, expected {want}")
         lengths = rows_RD[:256].float().norm(dim=1)
         if normalized and not bool(((lengths - 1).abs() < 0.02).all()):
             raise DataError(
@@ -203,9 +199,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
         raise DataError(f"{path}: unreadable: {error}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version!r}; this labelmill reads {FORMAT_VERSION}. Use a newer one."
-        )
+        raise DataError(f"{path}: format version {version!r}; this labelmill reads {FORMAT_VERSION}. Use a newer one.")
     try:
         return ModelSpec.model_validate(content)
     except ValidationError as error:
@@ -229,9 +223,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
         raise DataError(f"{folder / 'encoder.safetensors'}: doesn't fit model.json: {error}") from error
     for shard in spec.shards:
         if not (folder / shard.file).is_file():
-            raise DataError(
-                f"{folder / shard.file}: missing; it holds the classes [{shard.start}, {shard.stop})"
-            )
+            raise DataError(f"{folder / shard.file}: missing; it holds the classes [{shard.start}, {shard.stop})")
     return Predictor(folder, spec, encoder, torch.device(device))
 
 
@@ -314,9 +306,7 @@ class Predictor:
         if not len(inputs):
             return np.zeros((0, side or 1, side or 1, channels), np.uint8)
         names = [f"input {i}" for i in range(len(inputs))]
-        images, _, bad = decode_images(
-            pa.array([bytes(v) for v in inputs], pa.binary()), names, side, channels
-        )
+        images, _, bad = decode_images(pa.array([bytes(v) for v in inputs], pa.binary()), names, side, channels)
         if bad:
             raise DataError(f"{bad[0][0]}: not a readable image: {bad[0][1]}")
         return images

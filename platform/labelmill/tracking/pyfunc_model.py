@@ -20,9 +20,7 @@ class PackagedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         """Opens the model; `device` may be given as `model_config` of `mlflow.pyfunc.load_model`."""
         from labelmill.tracking.model import load_model
 
-        self.predictor = load_model(
-            context.artifacts["model"], (context.model_config or {}).get("device", "cpu")
-        )
+        self.predictor = load_model(context.artifacts["model"], (context.model_config or {}).get("device", "cpu"))
 
     # MLflow reads a type hint of model_input as a second schema; the logged signature is the one that counts
     _skip_type_hint_validation = True
@@ -43,9 +41,7 @@ class PackagedModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
                 return model_input[name].tolist()
         if list(model_input.columns) == [0]:  # a plain list of inputs, as MLflow hands it on
             return model_input[0].tolist()
-        raise ValueError(
-            f"the model needs a column {spec.field!r}; the input's first is {model_input.columns[0]!r}"
-        )
+        raise ValueError(f"the model needs a column {spec.field!r}; the input's first is {model_input.columns[0]!r}")
 
 
 mlflow.models.set_model(PackagedModel())

@@ -72,9 +72,7 @@ class RegisteredModel:
 # --- putting in ---------------------------------------------------------------------------------------------
 
 
-def register(
-    tracker: Tracker, model_dir: str | Path, name: str, tags: Mapping[str, str] | None = None
-) -> int:
+def register(tracker: Tracker, model_dir: str | Path, name: str, tags: Mapping[str, str] | None = None) -> int:
     """Logs a packaged model and registers it as a new version of `name`, which becomes the `candidate`.
 
     Raises TrackingError for a name the registry can't hold or a store that fails, DataError for a broken
@@ -122,9 +120,7 @@ def list_models(config: TrackingConfig, output_dir: str | Path = "runs") -> list
         for model in _all_models(client):
             # the search leaves aliases out
             full = client.get_registered_model(model.name)
-            versions = client.search_model_versions(
-                _named(model.name), max_results=1, order_by=["version_number DESC"]
-            )
+            versions = client.search_model_versions(_named(model.name), max_results=1, order_by=["version_number DESC"])
             aliases = {alias: int(version) for alias, version in sorted(full.aliases.items())}
             latest, predictor = 0, ""
             if versions:
@@ -153,9 +149,7 @@ def resolve(config: TrackingConfig, output_dir: str | Path, ref: str) -> ModelVe
         return _resolve(client, ref)
 
 
-def promote(
-    config: TrackingConfig, output_dir: str | Path, name: str, version_or_alias: str | int = CANDIDATE
-) -> str:
+def promote(config: TrackingConfig, output_dir: str | Path, name: str, version_or_alias: str | int = CANDIDATE) -> str:
     """Makes a version the `champion`, the champion it replaces `previous`; returns the version's number.
 
     Promoting the champion again changes nothing. Raises TrackingError for an unknown name, version or alias.
@@ -265,9 +259,7 @@ def _resolve(client: MlflowClient, ref: str) -> ModelVersion:
     name = match["name"]
     model = _model(client, name)
     aliases: dict[str, str] = dict(model.aliases)
-    newest = [
-        str(v.version) for v in client.search_model_versions(_named(name), order_by=["version_number DESC"])
-    ]
+    newest = [str(v.version) for v in client.search_model_versions(_named(name), order_by=["version_number DESC"])]
     if not newest:
         raise TrackingError(f"registered model {name!r} has no version.")
     if alias := match["alias"]:
@@ -278,9 +270,7 @@ def _resolve(client: MlflowClient, ref: str) -> ModelVersion:
     elif match["version"]:
         wanted = str(int(match["version"]))
         if wanted not in newest:
-            raise TrackingError(
-                f"registered model {name!r} has no version {wanted}. Known: {', '.join(newest[:30])}."
-            )
+            raise TrackingError(f"registered model {name!r} has no version {wanted}. Known: {', '.join(newest[:30])}.")
     else:
         wanted = str(aliases.get(CHAMPION) or aliases.get(CANDIDATE) or newest[0])
     return _version(client.get_model_version(name, wanted), aliases, {})

@@ -49,16 +49,12 @@ class Table:
         self.rows = [[_plain(cell) for cell in row] for row in self.rows]
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(
-                    f"row {number} has {len(row)} cells, but there are {len(self.columns)} columns"
-                )
+                raise ValueError(f"row {number} has {len(row)} cells, but there are {len(self.columns)} columns")
 
     def is_numeric(self, column: int) -> bool:
         """Whether a column holds numbers only (or nothing), so that it is set flush right."""
         cells = [row[column] for row in self.rows if row[column] is not None]
-        return bool(cells) and all(
-            isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells
-        )
+        return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
 
 
 @dataclass
@@ -83,9 +79,7 @@ class Report:
     meta: dict[str, str] = field(default_factory=dict)
     root: Path | None = field(default=None, compare=False, repr=False)
 
-    def add_table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = ""
-    ) -> None:
+    def add_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
         """Adds a table; numpy scalars are taken as plain numbers."""
         self.tables[name] = Table(list(columns), [list(row) for row in rows], caption)
 
@@ -130,9 +124,7 @@ class Report:
                 title=content["title"],
                 metrics={name: float(_decode(value)) for name, value in content["metrics"].items()},
                 tables={
-                    name: Table(
-                        t["columns"], [[_decode(cell) for cell in row] for row in t["rows"]], t["caption"]
-                    )
+                    name: Table(t["columns"], [[_decode(cell) for cell in row] for row in t["rows"]], t["caption"])
                     for name, t in content["tables"].items()
                 },
                 figures=content["figures"],
@@ -239,9 +231,7 @@ def _metrics_table(metrics: dict[str, float]) -> Table:
     rows: list[list[Cell]] = [
         [
             name,
-            int(value)
-            if math.isfinite(value) and float(value).is_integer() and abs(value) >= 2
-            else float(value),
+            int(value) if math.isfinite(value) and float(value).is_integer() and abs(value) >= 2 else float(value),
         ]
         for name, value in metrics.items()
     ]

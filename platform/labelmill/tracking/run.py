@@ -108,9 +108,7 @@ class Tracker:
         store = Store.of(config, output_dir)
         run_dir = Path(run_dir) if run_dir is not None else Path(output_dir) / run_name
         with client_env(store, create=True) as client, settings(store, config.timeout_s, retries=1):
-            opened = _open_run(
-                client, store, run_name, run_id, {**_code_tags(), **(tags or {})}, parent_run_id
-            )
+            opened = _open_run(client, store, run_name, run_id, {**_code_tags(), **(tags or {})}, parent_run_id)
             began_s = client.get_run(opened).info.start_time / 1000
         tracker = cls(store, client, opened, run_dir)
         if config.system_metrics:
@@ -147,9 +145,7 @@ class Tracker:
         with self._lock:
             for name, value, step, when in rows:
                 # as text: JSON has no NaN and no infinity
-                self._buffer.append(
-                    [safe_key(name), repr(float(value)), int(step), now if when is None else int(when)]
-                )
+                self._buffer.append([safe_key(name), repr(float(value)), int(step), now if when is None else int(when)])
             due = time.monotonic() - self._flushed_at >= self.store.config.interval_s
             if len(self._buffer) >= _BATCH or due:
                 self.flush()
@@ -241,9 +237,7 @@ class Tracker:
             hold = min(_MAX_HOLD_S, self.store.config.interval_s * 2 ** min(self._failures, 10))
             self._retry_at = time.monotonic() + hold
             if self._failures == 1:
-                _log.warning(
-                    "tracking is interrupted (%s); calls are kept in %s", first_line(error), self._spool.path
-                )
+                _log.warning("tracking is interrupted (%s); calls are kept in %s", first_line(error), self._spool.path)
             return False
         if self._failures:
             _log.warning("tracking works again")
@@ -274,17 +268,11 @@ class Tracker:
             held = self._client.get_run(self.run_id).data.params
             values: dict[str, str] = record["values"]
             new = [Param(key, value) for key, value in values.items() if key not in held]
-            changed = [
-                RunTag(f"param.{k}"[:MAX_KEY], v) for k, v in values.items() if k in held and held[k] != v
-            ]
+            changed = [RunTag(f"param.{k}"[:MAX_KEY], v) for k, v in values.items() if k in held and held[k] != v]
             for start in range(0, len(new), _PARAM_BATCH):
-                self._client.log_batch(
-                    self.run_id, params=new[start : start + _PARAM_BATCH], synchronous=True
-                )
+                self._client.log_batch(self.run_id, params=new[start : start + _PARAM_BATCH], synchronous=True)
             for start in range(0, len(changed), _PARAM_BATCH):
-                self._client.log_batch(
-                    self.run_id, tags=changed[start : start + _PARAM_BATCH], synchronous=True
-                )
+                self._client.log_batch(self.run_id, tags=changed[start : start + _PARAM_BATCH], synchronous=True)
 
     def _send_tags(self, record: Record) -> None:
         from mlflow.entities import RunTag
@@ -292,9 +280,7 @@ class Tracker:
         items = [RunTag(key, value) for key, value in record["values"].items()]
         with self._quick():
             for start in range(0, len(items), _PARAM_BATCH):
-                self._client.log_batch(
-                    self.run_id, tags=items[start : start + _PARAM_BATCH], synchronous=True
-                )
+                self._client.log_batch(self.run_id, tags=items[start : start + _PARAM_BATCH], synchronous=True)
 
     def _send_artifact(self, record: Record) -> None:
         path, folder = Path(record["path"]), record["folder"] or None
@@ -345,9 +331,7 @@ def read_report(
     with client_env(store) as client:
         client.get_run(run_id)
         if not client.list_artifacts(run_id, "report"):
-            raise TrackingError(
-                f"run {run_id} in {store.uri} holds no report; it didn't end, or wasn't labelmill's."
-            )
+            raise TrackingError(f"run {run_id} in {store.uri} holds no report; it didn't end, or wasn't labelmill's.")
         found = client.download_artifacts(run_id, "report", str(target))
     try:
         return Report.load(found)
@@ -364,9 +348,7 @@ def code_version() -> dict[str, str]:
     here = Path(__file__).resolve().parent
     try:
         commit, status = (
-            subprocess.run(
-                ["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=True
-            ).stdout
+            subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
             for args in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
         return {**version, "commit": commit.strip(), "dirty": str(bool(status.strip())).lower()}

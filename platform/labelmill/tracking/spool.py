@@ -54,9 +54,7 @@ class Spool:
             self.path.unlink(missing_ok=True)
             return
         part = self.path.with_suffix(".part")
-        part.write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records), encoding="utf-8"
-        )
+        part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self._records), encoding="utf-8")
         part.replace(self.path)
 
 

@@ -63,7 +63,7 @@ def positions(spec: StreamSpec, world: int) -> list[list[int]]:
     """Global batches as position lists, put together from all ranks."""
     batches: list[list[int]] = [[] for _ in range(spec.steps)]
     for rank in range(world):
-        stream = RankStream(spec, LocalSource(spec, rank, world), rank, world, lambda raw, rng: raw)
+        stream = RankStream(spec, LocalSource(spec, rank, world), rank, world, lambda raw, labels, rng: raw)
         for step, batch in enumerate(stream):
             batches[step] += batch.positions_B[batch.weight_B > 0].tolist()
     return batches
@@ -83,7 +83,7 @@ def test_samples_of_two_epochs_and_resume(make_text_data: Callable[..., Any]) ->
     spec = StreamSpec(data, "text", 12, seed=1, window=2, stop=96)
 
     def keys(part: StreamSpec) -> list[str]:
-        stream = RankStream(part, LocalSource(part), 0, 1, lambda raw, rng: raw)
+        stream = RankStream(part, LocalSource(part), 0, 1, lambda raw, labels, rng: raw)
         return [key for batch in stream for key in batch.keys]
 
     whole = keys(spec)
@@ -97,7 +97,7 @@ def test_samples_of_two_epochs_and_resume(make_text_data: Callable[..., Any]) ->
 def test_inputs_and_labels_belong_to_the_key(make_text_data: Callable[..., Any]) -> None:
     data = make_text_data(40, 9, classes=5)
     spec = StreamSpec(data, "text", 16, seed=2)
-    for batch in RankStream(spec, LocalSource(spec), 0, 1, lambda raw, rng: raw):
+    for batch in RankStream(spec, LocalSource(spec), 0, 1, lambda raw, labels, rng: raw):
         for key, text, label in zip(batch.keys, batch.inputs, batch.labels.single_B.tolist(), strict=True):
             i = int(key[1:])
             assert text == f"word-{i}"
@@ -111,7 +111,7 @@ def test_augmentation_keys_do_not_depend_on_the_world(make_text_data: Callable[.
     def drawn(world: int) -> dict[int, int]:
         found: dict[int, int] = {}
         for rank in range(world):
-            stream = RankStream(spec, LocalSource(spec, rank, world), rank, world, lambda raw, rng: rng, augment=True)
+            stream = RankStream(spec, LocalSource(spec, rank, world), rank, world, lambda raw, labels, rng: rng, augment=True)
             for batch in stream:
                 found |= dict(zip(batch.positions_B.tolist(), batch.inputs.tolist(), strict=True))
         return found
@@ -124,7 +124,7 @@ def test_an_error_in_the_reader_reaches_the_consumer(make_text_data: Callable[..
     data = make_text_data(10, 5)
     spec = StreamSpec(data, "text", 5)
 
-    def broken(raw: Any, rng: Any) -> Any:
+    def broken(raw: Any, labels: Any, rng: Any) -> Any:
         raise ValueError("broken prepare")
 
     with pytest.raises(ValueError, match="broken prepare"):

@@ -4,6 +4,8 @@ An et al., Partial FC: Training 10 Million Identities on a Single Machine (ICCV 
 One Stone (CVPR 2022); margins after CosFace (Wang et al., CVPR 2018) and ArcFace (Deng et al., CVPR 2019).
 
 Use it for any data set with one or several labels a sample, from ten classes to millions.
+
+Shape legend: B samples of this rank, N of all ranks, P labels of a sample, K class rows or ranked classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -14,20 +16,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from labelmill.data.config import DataConfig, StreamConfig
+from labelmill.data.labels import Labels
 from labelmill.data.manifest import Manifest
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
+from labelmill.losses.contrastive import in_batch_softmax
 from labelmill.reporting import report_ranking, report_training
 from labelmill.run import Fitted, Run, Stage
 from labelmill.training.config import TrainConfig, TrainJob
-from labelmill.training.objective import Losses, Objective
+from labelmill.training.objective import Losses, Objective, Progress
 from labelmill.workload import workload
 
 IMPRINT_ROWS = 8192
@@ -40,8 +47,10 @@ class Classifier(Objective):
         encoder, head: config sections.
         num_classes: of the label space.
         seed: of the class rows and of the classes sampled in each step.
-        names: a data set with class names: rows start as the encoder's embedding of the class's name (imprinting: Qi et al.,
-            CVPR 2018); an encoder of text only.
+        names: a data set whose class names the encoder can read. Rows then start as the embeddings of the names
+            (imprinting: Qi et al., CVPR 2018) and are set to them again when training is complete.
+        align: weight of a second loss that needs `names`: softmax of each sample over the names of the batch, with gradient
+            to both sides. A name's embedding also becomes its class's row, so that the head's positives are never stale.
         k: classes that `predict` ranks.
     """
 
@@ -52,37 +61,67 @@ class Classifier(Objective):
         num_classes: int,
         seed: int,
         names: Manifest | None = None,
+        align: float = 0.0,
         k: int = 5,
     ) -> None:
         super().__init__()
         self.encoder = build_encoder(encoder)
-        self._heads = {"classes": ShardedHead(num_classes, self.encoder.dim, head, seed=seed)}
-        self._names, self._k = names, min(k, num_classes)
+        self.head = ShardedHead(num_classes, self.encoder.dim, head, seed=seed)
+        self.ranks = Ranks()
+        self.names = names.load_classes().column("name") if names else None
+        self.align, self.k = align, min(k, num_classes)
 
     @property
     def heads(self) -> Mapping[str, ShardedHead]:
-        return self._heads
+        return {"classes": self.head}
 
-    def prepare(self, raw: Any, rng: np.ndarray | None) -> Any:
-        return self.encoder.prepare(raw, rng)
+    def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
+        inputs = {"sample": self.encoder.prepare(raw, rng)}
+        if self.training and self.align:
+            assert self.names is not None
+            names = self.names.take(pa.array(labels.single_B.numpy())).to_pylist()
+            inputs["name"] = self.encoder.prepare(names)
+        return inputs
 
     @torch.no_grad()
-    def start(self) -> None:
-        if self._names is None:
+    def imprint(self, progress: Progress) -> None:
+        """Sets own rows to the embeddings of the class names."""
+        if self.names is None:
             return
-        head = self._heads["classes"]
-        names = self._names.load_classes().column("name").slice(head.start, head.stop - head.start)
-        for lo in range(0, len(names), IMPRINT_ROWS):
-            rows_KD = self.encoder.embed(names.slice(lo, IMPRINT_ROWS).to_pylist())
-            head.set_rows(range(head.start + lo, head.start + lo + len(rows_KD)), rows_KD)
+        start, stop = self.head.start, self.head.stop
+        for lo in range(start, stop, IMPRINT_ROWS):
+            rows_KD = self.encoder.embed(self.names.slice(lo, min(IMPRINT_ROWS, stop - lo)).to_pylist())
+            self.head.set_rows(range(lo, lo + len(rows_KD)), rows_KD)
+            progress(lo + len(rows_KD) - start, stop - start)
+
+    start = imprint
+    finish = imprint
 
     def forward(self, batch: Batch) -> Losses:
-        emb_BD = self.encoder(batch.inputs)
-        return Losses(self._heads["classes"].loss(emb_BD, batch.labels, batch.weight_B))
+        emb_BD = self.encoder(batch.inputs["sample"])
+        if not self.align:
+            return Losses(self.head.loss(emb_BD, batch.labels, batch.weight_B))
+        align = self._align(emb_BD, self.encoder(batch.inputs["name"]), batch)
+        classes = self.head.loss(emb_BD, batch.labels, batch.weight_B)
+        return Losses(classes + self.align * align, {"head_loss": classes, "align_loss": align})
+
+    def _align(self, emb_BD: Tensor, name_BD: Tensor, batch: Batch) -> Tensor:
+        """Mean over the global batch of the softmax over names; refreshes the rows of the batch's classes."""
+        ranks, id_B = self.ranks, batch.labels.single_B
+        counts = [n for (n,) in ranks.gather_numbers([len(id_B)], id_B.device)]
+        name_ND = ranks.gather_rows_with_grad(name_BD, counts)
+        id_N = ranks.gather_rows(torch.where(batch.weight_B > 0, id_B, -1), counts)
+        own_B = sum(counts[: ranks.rank]) + torch.arange(len(id_B), device=id_B.device)
+        loss_B = in_batch_softmax(emb_BD, name_ND, id_B, id_N, own_B, self.head.config.scale)
+        mine = ((id_N >= self.head.start) & (id_N < self.head.stop)).nonzero()[:, 0]
+        self.head.set_rows(id_N[mine], name_ND.detach()[mine])
+        # the engine averages over ranks: a share of the global mean times the number of ranks
+        total = ranks.sum_(batch.weight_B.sum())
+        return (loss_B * batch.weight_B).sum() * ranks.world / total
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        scores_BK, ids_BK = self._heads["classes"].topk(self.encoder(batch.inputs), self._k)
+        scores_BK, ids_BK = self.head.topk(self.encoder(batch.inputs["sample"]), self.k)
         return {"class_id": ids_BK, "score": scores_BK, "label": batch.labels.ids_BP}
 
 
@@ -93,9 +132,16 @@ class PartialFCJob(TrainJob):
     data: DataConfig
     encoder: EncoderConfig
     head: HeadConfig = HeadConfig()
-    imprint: bool = Field(False, description="start class rows as the embedding of the class names (text encoders)")
+    imprint: bool = Field(False, description="class rows start and end as embeddings of the class names (text encoders)")
+    align: float = Field(0.0, ge=0, description="weight of the softmax over class names of the batch; needs imprint")
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
+
+    @model_validator(mode="after")
+    def _align_needs_names(self) -> PartialFCJob:
+        if self.align and not self.imprint:
+            raise ValueError("align compares samples with class names: set imprint to true")
+        return self
 
 
 def image_options(encoder: EncoderConfig) -> dict[str, Any]:
@@ -115,18 +161,21 @@ def fit_classifier(
     data: StreamConfig,
     seed: int,
     imprint: bool,
+    align: float,
     augment: bool,
     eval_batch: int,
 ) -> dict[str, Any]:
     """Stage: trains a classifier and ranks the classes of every test sample."""
     assert train.label.num_classes is not None
-    stream = partial(data.stream, field=encoder.field, seed=seed, **image_options(encoder))
+    if align and train.label.form != "single":
+        raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
+    options = {"field": encoder.field, "seed": seed, **image_options(encoder)}
     fitted = run.fit(
         folder,
-        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None),
-        stream(train, global_batch=config.global_batch),
+        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align),
+        data.stream(train, global_batch=config.global_batch, **options),
         config,
-        predict={"test": stream(test, global_batch=eval_batch, shuffle=False)},
+        predict={"test": data.stream(test, global_batch=eval_batch, shuffle=False, **options)},
         augment=augment,
     )
     return {"seconds": fitted.seconds}
@@ -158,6 +207,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         data=StreamConfig(**job.data.model_dump(exclude={"train", "test"})),
         seed=job.seed,
         imprint=job.imprint,
+        align=job.align,
         augment=job.augment,
         eval_batch=job.eval_batch,
     )

@@ -44,6 +44,7 @@ class SpellingJob(TrainJob):
     data: StreamConfig = StreamConfig()
     encoder: CharNgramsConfig = CharNgramsConfig()
     head: HeadConfig = HeadConfig()
+    align: float = Field(1.0, ge=0, description="weight of the softmax over clean spellings of the batch")
     baselines: bool = True
 
 
@@ -81,6 +82,7 @@ def spelling(job: SpellingJob, run: Run) -> None:
         data=job.data,
         seed=job.seed,
         imprint=True,
+        align=job.align,
         augment=True,
         eval_batch=2048,
     )

@@ -155,7 +155,7 @@ def write_words(
     test, test_edits = make_typos(words, asked, two_edits, test_rng, vocabulary)
     held_out = {(int(c), str(t)) for c, t in zip(asked, test, strict=True)}
 
-    writer = ShardWriter(out / "train", "words-train", fields, label, layout="packed", target_bytes=2 << 20, rows_per_member=8192)
+    writer = ShardWriter(out / "train", "words-train", fields, label, layout="packed", target_bytes=2 << 20, rows_per_member=8192, overwrite=True)
     written = 0
     for part in range(typos_per_word):
         rng = np.random.default_rng([seed, 2, part])
@@ -170,14 +170,14 @@ def write_words(
     writer.close(classes=classes)
 
     keep = test != ""
-    writer = ShardWriter(out / "test", "words-test", fields, label, layout="packed", target_bytes=1 << 20)
+    writer = ShardWriter(out / "test", "words-test", fields, label, layout="packed", target_bytes=1 << 20, overwrite=True)
     keys = np.char.add("q-", asked[keep].astype(str))
     writer.write_table(
         pa.table({"key": pa.array(keys), "text": pa.array(test[keep]), "label": pa.array(asked[keep])})
     )
     writer.close(classes=classes)
-    if written < count:
-        raise DataError(f"{out}: only {written:,} misspellings for {count:,} words could be made.")
+    if written < 0.95 * count * typos_per_word:
+        raise DataError(f"{out}: only {written:,} of {count * typos_per_word:,} misspellings could be made.")
     return {"train": written, "test": int(keep.sum()), "one_edit": int((test_edits[keep] == 1).sum())}
 
 

@@ -26,9 +26,9 @@ from labelmill.data.source import POSITION, Coordinator, StreamSpec, read_window
 from labelmill.encoders.hashing import sample_keys
 from labelmill.errors import DataError
 
-Prepare = Callable[[Any, np.ndarray | None], Any]
-"""Encoder side of decoding: raw field values (list of text or uint8 (B, H, W, C)) and, in training, a uint64 key per
-sample for its augmentation -> tensors, on the CPU."""
+Prepare = Callable[[Any, Labels, np.ndarray | None], Any]
+"""Encoder side of decoding: raw field values (list of text or uint8 (B, H, W, C)), the labels and, for augmentation, a
+uint64 key per sample -> tensors, on the CPU."""
 
 
 @dataclass
@@ -227,6 +227,7 @@ class RankStream:
         positions_B = table.column(POSITION).to_numpy()
         # rows outside the share are padding for a batch smaller than the world
         weight_B = ((positions_B >= lo) & (positions_B < hi)).astype(np.float32)
+        labels = labels_from_table(table, spec.manifest.label)
         inputs: Any = None
         if spec.field:
             raw, valid_B, bad = self._decode(table, keys)
@@ -234,10 +235,9 @@ class RankStream:
             if bad:
                 self._note_bad(bad)
             keys_B = sample_keys(spec.seed, 0, positions_B) if self._augment else None
-            inputs = self._prepare(raw, keys_B)
+            inputs = self._prepare(raw, labels, keys_B)
         known = {"key", POSITION, spec.field, "label", "label_weight", "label_negative"}
         extra = {name: table.column(name).to_pylist() for name in table.column_names if name not in known}
-        labels = labels_from_table(table, spec.manifest.label)
         return Batch(keys, inputs, labels, torch.from_numpy(weight_B), torch.from_numpy(positions_B.copy()), extra)
 
     def _decode(self, table: pa.Table, keys: list[str]) -> tuple[Any, np.ndarray, list[tuple[str, str]]]:

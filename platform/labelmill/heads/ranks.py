@@ -7,9 +7,12 @@ Shape legend: B samples of this rank, N samples of all ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,6 +52,10 @@ class Ranks:
             return out
         return torch.cat([out[r * most : r * most + n] for r, n in enumerate(counts)])
 
+    def gather_rows_with_grad(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """`gather_rows` that autograd goes through: a row's gradient is the sum of what every rank made of it."""
+        return rows if self.world == 1 else _GatherRows.apply(rows, self, counts)
+
     def sum_(self, value: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.world > 1:
@@ -64,3 +71,16 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
+        ctx.ranks, ctx.counts = ranks, counts
+        return ranks.gather_rows(rows, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        first = sum(ctx.counts[: ctx.ranks.rank])
+        return ctx.ranks.sum_(grad.contiguous())[first : first + ctx.counts[ctx.ranks.rank]], None, None

@@ -105,7 +105,7 @@ def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: 
     """Runs the objective's `predict` over a stream; columns of this rank's samples, holes and padding left out."""
     engine.objective.eval()
     columns: dict[str, list] = {"key": [], "position": []}
-    done, began = 0, time.perf_counter()
+    done = 0
     for batch in batches:
         batch = engine.to_device(batch)
         outputs = engine.objective.predict(batch)
@@ -119,5 +119,4 @@ def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: 
         done += 1
         if sink:
             sink.post(kind="progress", done=done, total=total, rate=math.nan, text=f"predict {name}")
-    del began
     return columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,12 @@ from labelmill.data.stream import Batch
 if TYPE_CHECKING:
     import numpy as np
 
+    from labelmill.data.labels import Labels
     from labelmill.heads.sharded import ShardedHead
+
+
+Progress = Callable[[int, int], None]
+"""Takes (done, total)."""
 
 
 @dataclass
@@ -43,12 +48,18 @@ class Objective(nn.Module):
         """Sharded heads by name."""
         return {}
 
-    def prepare(self, raw: Any, rng: np.ndarray | None) -> Any:
-        """CPU side of the encoder, in the reader thread: raw field values -> tensors; `rng` uint64 keys (B,) augment."""
+    def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
+        """CPU side of the encoder, in the reader thread: raw field values -> tensors; `rng` uint64 keys (B,) augment.
+
+        `self.training` tells training streams from evaluation.
+        """
         raise NotImplementedError
 
-    def start(self) -> None:
+    def start(self, progress: Progress) -> None:
         """Called once on every rank before the first step of a fresh run, not after a resume."""
+
+    def finish(self, progress: Progress) -> None:
+        """Called on every rank when training is complete, before weights are exported."""
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch."""

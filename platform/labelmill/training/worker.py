@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -36,7 +37,7 @@ from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.events import Sink
 from labelmill.training.loop import predict, train
-from labelmill.training.objective import Objective
+from labelmill.training.objective import Objective, Progress
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,12 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         load_dense(objective, read_dense(found))
     engine = Engine(objective, task.config, device)
     lap("build model")
-    position = _begin(task, engine, objective, found)
+
+    def progress(done: int, total: int) -> None:
+        if rank == 0:
+            sink.post(kind="progress", done=done, total=total, rate=math.nan, text="class rows")
+
+    position = _begin(task, engine, objective, found, progress)
     lap("initialise head" if not found else "restore checkpoint")
 
     if task.train and position.step < task.total_steps:
@@ -121,6 +127,9 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         )
         del batches
     lap("train")
+    if not (task.work / "export").is_dir():
+        objective.finish(progress)
+        lap("finish head")
     _export(task, engine, rank)
     lap("export")
     for name, spec in task.predict.items():
@@ -135,11 +144,13 @@ def _save(root: Path, engine: Engine, position: Position, keep: int) -> None:
     save_checkpoint(root, engine, position, keep)
 
 
-def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | None) -> Position:
+def _begin(
+    task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress
+) -> Position:
     """The position to start from: the checkpoint's, or zero with fresh rows."""
     stream = task.train.digest if task.train else ""
     if found is None:
-        objective.start()
+        objective.start(progress)
         return Position(0, 0, stream)
     expected = read_index(found)["stream"]
     if task.train and expected != stream:

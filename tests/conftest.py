@@ -20,6 +20,7 @@ set_environment()
 def ray_session() -> Iterator[None]:
     """A local Ray cluster, started once: starting one costs seconds."""
     import ray
+
     from labelmill.cluster import start
     from labelmill.job import ClusterConfig
 

@@ -1,9 +1,9 @@
 """The verbs of the command line as Python functions.
 
-    from labelmill import api
+from labelmill import api
 
-    report = api.run("workloads/discrimination/jobs/spelling-small.yaml", overrides=["train.steps=50"])
-    print(report.metrics)
+report = api.run("workloads/discrimination/jobs/spelling-small.yaml", overrides=["train.steps=50"])
+print(report.metrics)
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ NumClasses = Annotated[int | None, typer.Option(help="classes; by default what t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a data set that is there")]
 ShardMb = Annotated[float | None, typer.Option(help="size of a shard, MiB")]
 Layout = Annotated[str | None, typer.Option(help="tar (a member per sample) or packed (small samples)")]
-LabelForm = Annotated[
-    str | None, typer.Option(help="single, multi, soft, partial, complementary, continuous or none")
-]
+LabelForm = Annotated[str | None, typer.Option(help="single, multi, soft, partial, complementary, continuous or none")]
 
 
 def _options(

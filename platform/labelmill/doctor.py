@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-_TESTED = {"torch": "2.13", "ray": "2.60", "deepspeed": "0.19", "mlflow": "3.17", "transformers": "5.", "pyarrow": "25."}
+_TESTED = {
+    "torch": "2.13",
+    "ray": "2.60",
+    "deepspeed": "0.19",
+    "mlflow": "3.17",
+    "transformers": "5.",
+    "pyarrow": "25.",
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,14 @@ def _packages() -> list[Finding]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            findings.append(Finding("fail", name, "not installed", "run `make env`, or pip install -c constraints.txt ."))
+            findings.append(
+                Finding("fail", name, "not installed", "run `make env`, or pip install -c constraints.txt .")
+            )
             continue
         if not found.startswith(tested):
-            findings.append(Finding("note", name, f"{found}; tested with {tested}x", "constraints.txt has the tested one"))
+            findings.append(
+                Finding("note", name, f"{found}; tested with {tested}x", "constraints.txt has the tested one")
+            )
     return findings or [Finding("ok", "packages", ", ".join(f"{name} {version(name)}" for name in _TESTED))]
 
 
@@ -72,7 +83,9 @@ def _devices() -> Finding:
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return Finding("ok", "devices", f"{torch.cuda.device_count()} GPU(s): {', '.join(sorted(names))}")
     if shutil.which("nvidia-smi"):
-        return Finding("note", "devices", "a GPU driver, but torch sees no GPU", "`make env TORCH=cuda` installs the CUDA build")
+        return Finding(
+            "note", "devices", "a GPU driver, but torch sees no GPU", "`make env TORCH=cuda` installs the CUDA build"
+        )
     return Finding("ok", "devices", f"{os.cpu_count()} CPUs, no GPU")
 
 
@@ -106,7 +119,9 @@ def _ray() -> Finding:
             module = ray.get(ray.remote(num_cpus=0.1)(_platform_file).remote())
             cpus = ray.cluster_resources().get("CPU", 0)
     except Exception as error:
-        return Finding("fail", "ray", f"a local session failed: {error}", "see the newest session under Ray's temp folder")
+        return Finding(
+            "fail", "ray", f"a local session failed: {error}", "see the newest session under Ray's temp folder"
+        )
     if "labelmill" in module:
         return Finding("fail", "ray", f"`import platform` gives {module} in workers", "delete platform/__init__.py")
     return Finding("ok", "ray", f"a local session with {cpus:g} CPUs ran a task")
@@ -154,10 +169,12 @@ def _mlflow() -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith("http"):
         importlib.import_module("mlflow")
-        return Finding("ok", "mlflow", f"tracking to {uri}" if uri else "tracking to a local store under the output folder")
+        return Finding(
+            "ok", "mlflow", f"tracking to {uri}" if uri else "tracking to a local store under the output folder"
+        )
     from labelmill.errors import UserError
     from labelmill.job import TrackingConfig
-    from labelmill.tracking.config import check_server, Store
+    from labelmill.tracking.config import Store, check_server
 
     try:
         check_server(Store.of(TrackingConfig()))

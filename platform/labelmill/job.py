@@ -51,7 +51,9 @@ class ClusterConfig(StrictModel):
     address: str | None = Field(None, description="Ray address (`auto`, `ray-head:6379`); empty starts a local cluster")
     workers: int = Field(1, ge=1, description="training workers; each holds a shard of every sharded head")
     cpus_per_worker: float = Field(0.75, gt=0, description="CPUs reserved by a worker (a share is fine on one host)")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs reserved by a worker; above 0 the run uses CUDA and NCCL")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="GPUs reserved by a worker; above 0 the run uses CUDA and NCCL"
+    )
     read_cpus: float = Field(0.25, gt=0, description="CPUs reserved by one read task of the stream")
     max_failures: int = Field(0, ge=0, description="times the worker group is restarted from the last checkpoint")
     object_store_mb: int | None = Field(None, ge=100, description="object store of a cluster that we start, MiB")
@@ -151,7 +153,9 @@ def validate_job(raw: Mapping[str, Any], job_type: type[JobT], source: str = "jo
         job = job_type.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(job_type, item) for item in error.errors(include_url=False)]
-        raise JobError(f"{source}: " + "\n".join(lines) if len(lines) == 1 else f"{source}:\n  " + "\n  ".join(lines)) from None
+        raise JobError(
+            f"{source}: " + "\n".join(lines) if len(lines) == 1 else f"{source}:\n  " + "\n  ".join(lines)
+        ) from None
     if leaked := _first_reference(job.model_dump()):
         raise JobError(
             f"{source}: {leaked}: ${{env:...}} is for secrets only (tracking.username, tracking.password, "
@@ -186,7 +190,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _is_tag(models: list[type[BaseModel]], part: Any) -> bool:
     """Whether a location part is the tag of a discriminated union rather than a field."""
-    return any(part in get_args(model.model_fields["kind"].annotation) for model in models if "kind" in model.model_fields)
+    return any(
+        part in get_args(model.model_fields["kind"].annotation) for model in models if "kind" in model.model_fields
+    )
 
 
 def _explain(root: type[BaseModel], item: Any) -> str:
@@ -199,7 +205,9 @@ def _explain(root: type[BaseModel], item: Any) -> str:
             shown.append(str(part))
             models = [model for field in known for model in _models_in(field.annotation)]
         elif _is_tag(models, part):
-            models = [m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)]
+            models = [
+                m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)
+            ]
         else:
             shown.append(str(part))
     path = ".".join(shown)

@@ -22,9 +22,7 @@ def report_training(run: Run, fitted: Fitted, seconds: Mapping[str, float], name
     prefix = f"{name}_" if name else ""
     history = fitted.history
     if history:
-        curve = [
-            {"step": h["step"], "loss": h["train/loss"], "lr": h["train/learning_rate"]} for h in history
-        ]
+        curve = [{"step": h["step"], "loss": h["train/loss"], "lr": h["train/learning_rate"]} for h in history]
         figures.loss_curve(curve, run.figure(f"{prefix}loss"), title=f"{label}training loss")
         # the first record holds the start of the stream
         steady = history[1:] or history
@@ -37,7 +35,9 @@ def report_training(run: Run, fitted: Fitted, seconds: Mapping[str, float], name
         )
         run.report.metrics[f"{prefix}train/final_loss"] = history[-1]["train/loss"]
     rows = [[part, round(value, 1)] for part, value in seconds.items()]
-    run.report.add_table(f"{label}fit", ["part", "seconds"], rows, "wall time inside the fit, start of workers included")
+    run.report.add_table(
+        f"{label}fit", ["part", "seconds"], rows, "wall time inside the fit, start of workers included"
+    )
 
 
 def report_ranking(
@@ -72,7 +72,9 @@ def report_ranking(
         best = metrics_by_group(groups, hit_QK[:, : ks[-1]].any(1).numpy(), order=order, total=total)
         for one, five in zip(first, best, strict=True):
             interval = f"± {50 * (one.high - one.low):.1f}"
-            rows.append([system, one.group, one.count, f"{100 * one.accuracy:.1f} {interval}", f"{100 * five.accuracy:.1f}"])
+            rows.append(
+                [system, one.group, one.count, f"{100 * one.accuracy:.1f} {interval}", f"{100 * five.accuracy:.1f}"]
+            )
         if groups_Q is not None:
             bars[system] = [100 * m.accuracy for m in first]
             errors[system] = [50 * (m.high - m.low) for m in first]
@@ -80,4 +82,6 @@ def report_ranking(
     caption = "percent of queries, with the half-width of the 95 % interval"
     run.report.add_table(name, ["system", group_title, "queries", "top-1", "top-5"], rows, caption)
     if bars:
-        figures.bars_by_group(labels, bars, "top-1 (%)", run.figure(f"{name}_by_group"), errors=errors, xlabel=group_title)
+        figures.bars_by_group(
+            labels, bars, "top-1 (%)", run.figure(f"{name}_by_group"), errors=errors, xlabel=group_title
+        )

@@ -1,10 +1,10 @@
 """A run of a job: its folder, its finished stages, its MLflow run, its report, and the verbs a method is written in.
 
-    <output>/<job name>/
-        run.json               MLflow run id, digest of the job, status
-        run.log                everything, tracebacks included
-        stages/<name>-<key>/   what a stage keeps; `stage.json` in it, written last, marks it finished
-        report/                report.json and figures
+<output>/<job name>/
+    run.json               MLflow run id, digest of the job, status
+    run.log                everything, tracebacks included
+    stages/<name>-<key>/   what a stage keeps; `stage.json` in it, written last, marks it finished
+    report/                report.json and figures
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from labelmill.data.source import StreamSpec
 from labelmill.errors import UserError
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
+from labelmill.tracking.model import ClassPrior
 from labelmill.tracking.report import Report, Table
 from labelmill.tracking.run import Tracker, code_version
 from labelmill.training.config import TrainConfig
@@ -194,11 +195,26 @@ class Run:
             log.warning("data set %s: sample %s can't be decoded: %s", data.name, key, reason)
 
     def register(
-        self, name: str, fit: Stage, encoder: Any, head: Any, data: Manifest, predictor: str = "topk"
+        self,
+        name: str,
+        fit: Stage,
+        encoder: Any,
+        head: Any,
+        data: Manifest,
+        predictor: str = "topk",
+        prior: ClassPrior | None = None,
     ) -> Stage:
         """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`."""
         return self.stage(
-            "register", _register, fit=fit, encoder=encoder, head=head, data=data, name=name, predictor=predictor
+            "register",
+            _register,
+            fit=fit,
+            encoder=encoder,
+            head=head,
+            data=data,
+            name=name,
+            predictor=predictor,
+            prior=prior,
         )
 
     def track_data(self, **sets: Manifest) -> None:
@@ -247,7 +263,15 @@ class Run:
 
 
 def _register(
-    run: Run, folder: Path, fit: Stage, encoder: Any, head: Any, data: Manifest, name: str, predictor: str
+    run: Run,
+    folder: Path,
+    fit: Stage,
+    encoder: Any,
+    head: Any,
+    data: Manifest,
+    name: str,
+    predictor: str,
+    prior: ClassPrior | None,
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
     from labelmill.encoders import build_encoder
@@ -276,6 +300,7 @@ def _register(
         classes=classes,
         state=fitted.dense("encoder."),
         normalized=head.normalize,
+        prior=prior,
         scale=head.scale,
         label_form=data.label.form,
         manifest_digest=data.digest,
@@ -375,7 +400,9 @@ def execute(
         same = state.get("job") == job_digest(job)
         if same and state.get("status") == "finished":
             report = Report.load(folder / "report")
-            console.print(f"{job.name}: finished before, nothing has changed (start over with --fresh)", highlight=False)
+            console.print(
+                f"{job.name}: finished before, nothing has changed (start over with --fresh)", highlight=False
+            )
             report.render(console)
             return report
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from labelmill.data.labels import Labels
 from labelmill.data.stream import Batch
 from labelmill.heads.config import HeadConfig
@@ -52,12 +53,22 @@ def run_steps(
     rank: int, world: int, stage: int, accumulation: int, clip: float | None, steps: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     head = HeadConfig(
-        scale=16.0, margin=CosFace(m=0.2), optimizer=options.get("rows", SGD(momentum=0.9)), block_rows=32,
+        scale=16.0,
+        margin=CosFace(m=0.2),
+        optimizer=options.get("rows", SGD(momentum=0.9)),
+        block_rows=32,
         sample_rate=options.get("sample_rate", 1.0),
     )
     config = TrainConfig(
-        global_batch=12 * accumulation, steps=steps, accumulation=accumulation, learning_rate=0.05, zero_stage=stage,
-        max_grad_norm=clip, schedule="cosine", warmup=0.2, precision=options.get("precision", "fp32"),
+        global_batch=12 * accumulation,
+        steps=steps,
+        accumulation=accumulation,
+        learning_rate=0.05,
+        zero_stage=stage,
+        max_grad_norm=clip,
+        schedule="cosine",
+        warmup=0.2,
+        precision=options.get("precision", "fp32"),
         weight_decay=0.01,
     )
     torch.manual_seed(0)
@@ -89,9 +100,7 @@ def run_steps(
 
 def reference(accumulation: int, clip: float | None, steps: int) -> dict[str, Any]:
     """Plain torch in float64, one process, all classes at once."""
-    config = TrainConfig(
-        global_batch=12 * accumulation, steps=steps, learning_rate=0.05, schedule="cosine", warmup=0.2
-    )
+    config = TrainConfig(global_batch=12 * accumulation, steps=steps, learning_rate=0.05, schedule="cosine", warmup=0.2)
     torch.manual_seed(0)
     head = HeadConfig(block_rows=32)
     toy = Toy(head)
@@ -99,7 +108,9 @@ def reference(accumulation: int, clip: float | None, steps: int) -> dict[str, An
     net = toy.net.double()
     weights = [p for p in net.parameters() if p.ndim > 1]
     biases = [p for p in net.parameters() if p.ndim == 1]
-    dense = torch.optim.AdamW([{"params": weights, "weight_decay": 0.01}, {"params": biases, "weight_decay": 0.0}], lr=1)
+    dense = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.01}, {"params": biases, "weight_decay": 0.0}], lr=1
+    )
     sgd = torch.optim.SGD([rows], lr=1, momentum=0.9)
     losses, norms = [], []
     for step in range(steps):
@@ -122,7 +133,12 @@ def reference(accumulation: int, clip: float | None, steps: int) -> dict[str, An
             optimizer.zero_grad()
         losses.append(total)
         norms.append(float(norm))
-    return {"losses": losses, "norms": norms, "dense": {k: v.detach() for k, v in net.named_parameters()}, "rows": rows.detach()}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "dense": {k: v.detach() for k, v in net.named_parameters()},
+        "rows": rows.detach(),
+    }
 
 
 def all_rows(results: list[dict[str, Any]]) -> torch.Tensor:

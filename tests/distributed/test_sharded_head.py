@@ -81,9 +81,7 @@ REFERENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Data:
     """A global batch and this rank's part of it; the same on every rank."""
 
-    def __init__(
-        self, rank: int, world: int, num_classes: int, positives: int, seed: int = 0, top: int | None = None
-    ):
+    def __init__(self, rank: int, world: int, num_classes: int, positives: int, seed: int = 0, top: int | None = None):
         generator = torch.Generator().manual_seed(seed)
         count = sum(SPLITS[world])
         self.x_ND = torch.randn(count, DIM, dtype=torch.float64, generator=generator)
@@ -241,9 +239,7 @@ def check_optimizers(rank: int, world: int, folder: str) -> None:
         if optimizer.kind == "sgd":
             dense = torch.optim.SGD([w_CD], lr, momentum=optimizer.momentum, weight_decay=decay)
         elif optimizer.kind == "adamw":
-            dense = torch.optim.AdamW(
-                [w_CD], lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay
-            )
+            dense = torch.optim.AdamW([w_CD], lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay)
         sums = torch.zeros(203, dtype=torch.float64)
         for step in range(5):
             data = Data(rank, world, 203, 1, seed=step)
@@ -294,10 +290,7 @@ def check_topk(rank: int, world: int, folder: str) -> None:
         close(scores, want.values[data.mine])
         assert torch.equal(ids, want.indices[data.mine])
     small = make(3)
-    assert (
-        small.topk(data.x_ND[data.mine], 3)[1].sort(dim=1).values.tolist()
-        == [[0, 1, 2]] * SPLITS[world][rank]
-    )
+    assert small.topk(data.x_ND[data.mine], 3)[1].sort(dim=1).values.tolist() == [[0, 1, 2]] * SPLITS[world][rank]
     ties = make(200, normalize=False)
     own = torch.arange(ties.start, ties.stop)
     ties.set_rows(own, (own % 5 == 3).double()[:, None].expand(-1, DIM))

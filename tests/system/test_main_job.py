@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
+
 from labelmill import api
 from labelmill.errors import ClusterError, DataError
-from rich.console import Console
 
 SPELLING = {
     "workload": "discrimination.spelling",
@@ -100,7 +101,12 @@ def test_a_second_call_does_nothing_and_other_training_keeps_the_data(finished: 
     _, text = run(finished["path"], finished["output"])
     assert "nothing has changed" in text
     report, text = run(
-        finished["path"], finished["output"], "train.epochs=1", "train.zero_stage=2", "baselines=false", "cluster.workers=1"
+        finished["path"],
+        finished["output"],
+        "train.epochs=1",
+        "train.zero_stage=2",
+        "baselines=false",
+        "cluster.workers=1",
     )
     assert "words: kept from before" in text
     assert "fit: done in" in text
@@ -227,5 +233,3 @@ def test_import_platform_is_the_standard_module(ray_session: None) -> None:
     assert not list(Path("platform").glob("**/conftest.py"))
     assert str(Path(str(platform.__file__)).resolve()).startswith(standard)
     assert str(Path(ray.get(ray.remote(num_cpus=0.1)(where).remote())).resolve()).startswith(standard)
-
-

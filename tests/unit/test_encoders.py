@@ -138,9 +138,7 @@ def test_augmentation_only_with_rng() -> None:
     raw = images()
     assert torch.equal(encoder.prepare(raw), prepare_images(raw, encoder.config))
     assert not torch.equal(encoder.prepare(raw, np.random.default_rng(0)), encoder.prepare(raw))
-    assert torch.equal(
-        encoder.prepare(raw, np.random.default_rng(0)), encoder.prepare(raw, np.random.default_rng(0))
-    )
+    assert torch.equal(encoder.prepare(raw, np.random.default_rng(0)), encoder.prepare(raw, np.random.default_rng(0)))
 
 
 # --- linear ------------------------------------------------------------------------------------------------
@@ -162,9 +160,7 @@ def test_pca_equals_scikit_learn() -> None:
     assert np.allclose(np.abs(emb.numpy()), np.abs(reference.transform(values)), atol=1e-4)
     assert not encoder.weight_DI.requires_grad
     white, _, _ = fit_pca(torch.from_numpy(values), 5, whiten=True)
-    assert torch.allclose(
-        encoder.set_weights(white, centre).embed(images(60, 6)).var(dim=0), torch.ones(5), atol=1e-3
-    )
+    assert torch.allclose(encoder.set_weights(white, centre).embed(images(60, 6)).var(dim=0), torch.ones(5), atol=1e-3)
     with pytest.raises(ValueError, match="PCA to 40"):
         fit_pca(torch.zeros(50, 36), 40)
     with pytest.raises(DataError, match=r"has 784 numbers, encoder.in_dim is 36"):

@@ -64,9 +64,7 @@ def test_byte_tokens() -> None:
         ("hf_text", {"architecture": "bert", "options": TINY_BERT, "max_length": 16}),
     ],
 )
-def test_library_models_save_and_load_from_a_folder(
-    kind: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_library_models_save_and_load_from_a_folder(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     fresh = build_encoder({"kind": kind, **options})
     raw = raw_for(kind)
@@ -95,9 +93,7 @@ def _save_tokenizer(folder: Path) -> None:
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "hello": 2, "world": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
 def test_library_pooling_frozen_and_unused_parameters() -> None:
@@ -108,9 +104,7 @@ def test_library_pooling_frozen_and_unused_parameters() -> None:
     assert not cls.model.training
     assert cls.training
     free = build("hf_text")
-    assert not any(p.requires_grad for n, p in free.named_parameters() if "pooler" in n), (
-        "the pooler isn't used"
-    )
+    assert not any(p.requires_grad for n, p in free.named_parameters() if "pooler" in n), "the pooler isn't used"
     assert build("hf_image", pooling="cls").embed(images(2)).shape == (2, 10)
     with pytest.raises(JobError, match="class token"):
         build("hf_image", architecture="convnext", options=TINY_CONVNEXT, pooling="cls")
@@ -129,9 +123,7 @@ def test_library_errors_are_for_the_person(tmp_path: Path, monkeypatch: pytest.M
         build_encoder({"kind": "hf_text", "architecture": "bert", "tokenizer": str(tmp_path)})
     with pytest.raises(JobError, match=r"knows no 'vitt'. Did you mean"):
         build_encoder({"kind": "hf_image", "architecture": "vitt"})
-    with pytest.raises(
-        JobError, match=r"encoder.options.hiden_size: not an option of vit. Did you mean 'hidden_size'"
-    ):
+    with pytest.raises(JobError, match=r"encoder.options.hiden_size: not an option of vit. Did you mean 'hidden_size'"):
         build_encoder({"kind": "hf_image", "architecture": "vit", "options": {"hiden_size": 3}})
     with pytest.raises(JobError, match=r"either path"):
         build_encoder({"kind": "hf_image"})

@@ -76,9 +76,7 @@ def test_families_count_what_they_should() -> None:
 
 def test_head_and_tail_features_follow_the_two_ends() -> None:
     word, longer = families_of("straße"), families_of("sstraße")
-    assert len(set(word["tail1"]) & set(longer["tail1"])) == 7, (
-        "counted from the end, an insertion moves nothing"
-    )
+    assert len(set(word["tail1"]) & set(longer["tail1"])) == 7, "counted from the end, an insertion moves nothing"
     assert len(set(word["head1"]) & set(longer["head1"])) < 4
     end = families_of("straßen")
     assert len(set(word["head1"]) & set(end["head1"])) == 7

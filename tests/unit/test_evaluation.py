@@ -35,9 +35,7 @@ from labelmill.evaluation.ranking import (
 torch.set_num_threads(1)
 
 
-def clusters(
-    per: int = 60, dim: int = 8, noise: float = 0.3, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clusters(per: int = 60, dim: int = 8, noise: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(4, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(4).repeat_interleave(per)
@@ -114,9 +112,7 @@ def test_cosine_summary_separates_clusters() -> None:
     cos = F.normalize(emb) @ F.normalize(emb).T
     same = (label[:, None] == label[None, :]) & ~torch.eye(len(label), dtype=torch.bool)
     assert result["same_mean"] == pytest.approx(float(cos[same].mean()), abs=0.01)
-    assert result["different_mean"] == pytest.approx(
-        float(cos[label[:, None] != label[None, :]].mean()), abs=0.03
-    )
+    assert result["different_mean"] == pytest.approx(float(cos[label[:, None] != label[None, :]].mean()), abs=0.03)
     assert 0.9 < float(result["separation"]) <= 1.0  # type: ignore[arg-type]
     assert math.isnan(cosine_summary(emb[:4], torch.arange(4))["separation"])  # type: ignore[arg-type]
 
@@ -182,9 +178,7 @@ def test_linear_probe_equals_scikit_learn_with_one_c() -> None:
     scaler = StandardScaler().fit(train.numpy().astype(np.float64))
     model = LogisticRegression(C=0.1, max_iter=300).fit(scaler.transform(train.numpy()), label.numpy())
     want = model.score(scaler.transform(test.numpy()), test_label.numpy())
-    assert linear_probe(train, label, test, test_label, grid=(0.1,)).accuracy == pytest.approx(
-        want, abs=0.006
-    )
+    assert linear_probe(train, label, test, test_label, grid=(0.1,)).accuracy == pytest.approx(want, abs=0.006)
 
 
 def test_choose_labelled() -> None:
@@ -214,9 +208,7 @@ def test_knn_equals_scikit_learn() -> None:
         weights=lambda d: np.exp((-(d**2) / 2) / 0.1),  # cos - 1 = -d^2 / 2 for unit rows
     ).fit(unit, label.numpy())
     want = reference.score(unit_test, test_label.numpy())
-    assert knn_accuracy(train, label, test, test_label, k=7, temperature=0.1, block=33) == pytest.approx(
-        want, abs=1e-9
-    )
+    assert knn_accuracy(train, label, test, test_label, k=7, temperature=0.1, block=33) == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.parametrize("block", [2, 5, 100])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from labelmill import api
 from labelmill.errors import JobError
 from labelmill.workload import load_job
@@ -35,7 +36,9 @@ def message(path: Path, *overrides: str) -> str:
 
 
 def test_defaults_and_overrides(job_file: Path) -> None:
-    method, job = load_job(job_file, ["train.global_batch=128", "cluster.workers=2", "head.margin={kind: cosface, m: 0.2}"])
+    method, job = load_job(
+        job_file, ["train.global_batch=128", "cluster.workers=2", "head.margin={kind: cosface, m: 0.2}"]
+    )
     assert method.name == "discrimination.spelling"
     assert job.train.global_batch == 128
     assert job.head.margin.m == 0.2

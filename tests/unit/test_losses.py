@@ -30,9 +30,7 @@ EVERY = [Softmax(), MultiSoftmax(), Decoupled(), MLC(), MLCD(), MLCD(threshold=0
 
 
 def close(got: torch.Tensor, want: float | list[float], tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(
-        got, torch.tensor(want, dtype=got.dtype).reshape(got.shape), rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(got, torch.tensor(want, dtype=got.dtype).reshape(got.shape), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +101,7 @@ def test_decoupled_values_of_the_dexml_sheet_do_not_move_with_other_positives() 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda loss: loss.kind)
 def test_gradients_are_those_of_finite_differences(loss: Loss) -> None:
     ids = (
-        torch.tensor([[1, -1], [3, -1], [0, -1]])
-        if loss.kind == "softmax"
-        else torch.tensor([[1, 4], [3, -1], [0, 2]])
+        torch.tensor([[1, -1], [3, -1], [0, -1]]) if loss.kind == "softmax" else torch.tensor([[1, 4], [3, -1], [0, 2]])
     )
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(3, 6, dtype=torch.float64, generator=generator, requires_grad=True)

@@ -33,9 +33,7 @@ def test_arcface_derivative_in_closed_form() -> None:
     torch.testing.assert_close(cos.grad, torch.sin(angle + 0.3) / torch.sin(angle))
 
 
-@pytest.mark.parametrize(
-    "margin", [ArcFace(m=0.5, straight_through=True), Combined(m2=0.5, straight_through=True)]
-)
+@pytest.mark.parametrize("margin", [ArcFace(m=0.5, straight_through=True), Combined(m2=0.5, straight_through=True)])
 def test_straight_through_keeps_the_plain_gradient(margin: Margin) -> None:
     cos = torch.linspace(-1, 1, 9, dtype=torch.float64, requires_grad=True)
     value = apply_margin(cos, margin)

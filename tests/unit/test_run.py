@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from labelmill.errors import UserError
 from labelmill.job import Job, TrackingConfig
 from labelmill.run import Run, execute, fingerprint, stage_key
-from rich.console import Console
 
 CALLS: list[str] = []
 

@@ -46,9 +46,7 @@ def test_first_rows_do_not_depend_on_the_ranks(world: int) -> None:
     torch.testing.assert_close(double.float(), whole)
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "rate", "count"), [(1000, 0.1, 100), (1000, 1.0, 1000), (10, 0.001, 1)]
-)
+@pytest.mark.parametrize(("num_classes", "rate", "count"), [(1000, 0.1, 100), (1000, 1.0, 1000), (10, 0.001, 1)])
 def test_sample_is_exact_distinct_and_sorted(num_classes: int, rate: float, count: int) -> None:
     drawn = sampled_classes(num_classes, rate, seed=3, step=4)
     assert drawn.dtype == torch.int64

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from labelmill.data.plan import Plan, padded_share, share
 from labelmill.data.source import POSITION, StreamSpec
 from labelmill.data.stream import LocalSource, RankStream, RaySource
@@ -111,7 +112,9 @@ def test_augmentation_keys_do_not_depend_on_the_world(make_text_data: Callable[.
     def drawn(world: int) -> dict[int, int]:
         found: dict[int, int] = {}
         for rank in range(world):
-            stream = RankStream(spec, LocalSource(spec, rank, world), rank, world, lambda raw, labels, rng: rng, augment=True)
+            stream = RankStream(
+                spec, LocalSource(spec, rank, world), rank, world, lambda raw, labels, rng: rng, augment=True
+            )
             for batch in stream:
                 found |= dict(zip(batch.positions_B.tolist(), batch.inputs.tolist(), strict=True))
         return found
@@ -161,7 +164,9 @@ def test_ray_gives_what_the_local_reader_gives(make_text_data: Callable[..., Any
         assert all(r.table(spec.steps) is None for r in ranks)
 
 
-def test_a_damaged_shard_stops_the_ray_stream_and_is_named(make_text_data: Callable[..., Any], ray_session: None) -> None:
+def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
+    make_text_data: Callable[..., Any], ray_session: None
+) -> None:
     from labelmill.errors import user_error_in
 
     data = make_text_data(60, 20)

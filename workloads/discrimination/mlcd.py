@@ -270,8 +270,11 @@ def show_neighbours(
 
 def report_cosines(run: Run, fits: dict[str, Stage], labelled: Manifest, job: MlcdJob) -> None:
     """Cosines of training samples to their clusters' rows and to random other rows (the paper's Fig. 3)."""
-    ids_NP = np.stack([np.asarray(ids) for ids in read_shard(labelled, 0).column("label").to_pylist()[:2000]]) \
-        if job.clusters.nearest > 1 else read_shard(labelled, 0).column("label").to_numpy()[:2000, None]
+    ids_NP = (
+        np.stack([np.asarray(ids) for ids in read_shard(labelled, 0).column("label").to_pylist()[:2000]])
+        if job.clusters.nearest > 1
+        else read_shard(labelled, 0).column("label").to_numpy()[:2000, None]
+    )
     rng = np.random.default_rng(job.seed)
     shown = {}
     for name in fits:
@@ -279,7 +282,9 @@ def report_cosines(run: Run, fits: dict[str, Stage], labelled: Manifest, job: Ml
         emb_ND = unit_rows(load_embeddings(stage.folder / "train")[0][: len(ids_NP)])
         rows_CD = Fitted(fits[name].folder).head_rows("classes")
         positive = (emb_ND[:, None, :] * rows_CD[torch.from_numpy(ids_NP)]).sum(-1)
-        negative = (emb_ND[:, None, :] * rows_CD[torch.from_numpy(rng.integers(0, len(rows_CD), (len(ids_NP), 8)))]).sum(-1)
+        negative = (
+            emb_ND[:, None, :] * rows_CD[torch.from_numpy(rng.integers(0, len(rows_CD), (len(ids_NP), 8)))]
+        ).sum(-1)
         shown[f"{name}: own clusters"] = positive.flatten().numpy()
         shown[f"{name}: random clusters"] = negative.flatten().numpy()
         key = name.lower().replace("-", "_")

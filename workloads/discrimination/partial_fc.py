@@ -132,7 +132,9 @@ class PartialFCJob(TrainJob):
     data: DataConfig
     encoder: EncoderConfig
     head: HeadConfig = HeadConfig()
-    imprint: bool = Field(False, description="class rows start and end as embeddings of the class names (text encoders)")
+    imprint: bool = Field(
+        False, description="class rows start and end as embeddings of the class names (text encoders)"
+    )
     align: float = Field(0.0, ge=0, description="weight of the softmax over class names of the batch; needs imprint")
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
@@ -164,18 +166,24 @@ def fit_classifier(
     align: float,
     augment: bool,
     eval_batch: int,
+    k: int = 5,
+    dev: Manifest | None = None,
 ) -> dict[str, Any]:
-    """Stage: trains a classifier and ranks the classes of every test sample."""
+    """Stage: trains a classifier and ranks `k` classes for every sample of `test`, and of `dev` if given."""
     assert train.label.num_classes is not None
     if align and train.label.form != "single":
         raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
     options = {"field": encoder.field, "seed": seed, **image_options(encoder)}
     fitted = run.fit(
         folder,
-        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align),
+        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align, k),
         data.stream(train, global_batch=config.global_batch, **options),
         config,
-        predict={"test": data.stream(test, global_batch=eval_batch, shuffle=False, **options)},
+        predict={
+            name: data.stream(manifest, global_batch=eval_batch, shuffle=False, **options)
+            for name, manifest in (("test", test), ("dev", dev))
+            if manifest
+        },
         augment=augment,
     )
     return {"seconds": fitted.seconds}
@@ -217,5 +225,3 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
     run.report_data_health(Fitted(fit.folder))
     if job.register_as:
         run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train)
-
-

@@ -1,8 +1,9 @@
 """Spelling correction as classification over a million words.
 
 One class a word; the encoder reads hashed character n-grams and the head holds one row a word, started as the embedding
-of the clean spelling. The method is partial FC with a CosFace margin on sampled classes; the baselines are what a
-corrector does without training.
+of the clean spelling. Two losses: partial FC over sampled classes, and a softmax over the clean spellings of the batch. When
+training is complete all rows are set to the embeddings of the clean spellings again. Words are ranked by cosine and, with
+a weight chosen on dev queries, by their frequency. The baselines are what a corrector does without training.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from labelmill.data.config import StreamConfig
 from labelmill.data.manifest import Manifest
 from labelmill.encoders import CharNgramsConfig
+from labelmill.evaluation.ranking import with_prior
 from labelmill.heads.config import HeadConfig
 from labelmill.job import StrictModel
 from labelmill.reporting import report_ranking, report_training
-from labelmill.run import Fitted, Run
+from labelmill.run import Fitted, Run, Stage
+from labelmill.tracking.model import ClassPrior
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import fit_classifier, ranked_classes
 from workloads.discrimination.words import BANDS, read_queries, write_words
+
+CANDIDATES = 32
+"""Words ranked by similarity, which their frequency then ranks again."""
+PRIOR_WEIGHTS = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 
 
 class WordsConfig(StrictModel):
@@ -32,7 +40,7 @@ class WordsConfig(StrictModel):
     languages: tuple[str, ...] = Field(("en", "de", "fr", "es"), min_length=1)
     count: int = Field(1_000_000, ge=100, description="classes: the most frequent distinct words")
     typos_per_word: int = Field(2, ge=1, description="training misspellings of every word")
-    queries: int = Field(4_000, ge=4, description="test misspellings, equally many from each frequency band")
+    queries: int = Field(4_000, ge=8, description="test misspellings, equally many from each frequency band")
     two_edits: float = Field(0.25, ge=0, le=1, description="share of misspellings with two edits")
 
 
@@ -58,24 +66,36 @@ def run_baselines(run: Run, folder: Path, data: Manifest, k: int) -> dict[str, A
     """Stage: both baselines on every test query."""
     from workloads.discrimination.spelling_baselines import edit_rule, ngram_nearest
 
-    words = data.load_classes()["name"].to_pylist()
-    queries, _ = read_queries(data)
+    words, queries = data.load_classes()["name"].to_pylist(), read_queries(data)
     shortlist = ngram_nearest(words, queries, 50, progress=lambda done: run.progress.update(done, len(queries)))
     np.save(folder / "n-gram nearest.npy", shortlist[:, :k])
     np.save(folder / "edit rule.npy", edit_rule(words, queries, shortlist, k))
     return {}
 
 
+def choose_prior(fit: Stage, log_frequency_C: torch.Tensor) -> float:
+    """The weight of the words' log frequency in the ranking: the best of a grid on the dev queries."""
+    ids_QK, scores_QK, label_QP = (torch.from_numpy(a) for a in ranked_classes(fit, "dev"))
+    correct = {
+        weight: float(
+            (with_prior(scores_QK, ids_QK, log_frequency_C, weight)[1][:, 0] == label_QP[:, 0]).double().mean()
+        )
+        for weight in PRIOR_WEIGHTS
+    }
+    return max(correct, key=lambda weight: (correct[weight], -weight))
+
+
 @workload("discrimination.spelling", SpellingJob)
 def spelling(job: SpellingJob, run: Run) -> None:
     words = run.stage("words", import_words, words=job.words, seed=job.seed)
-    train, test = words.manifest("train"), words.manifest("test")
-    run.track_data(train=train, test=test)
+    train, dev, test = (words.manifest(split) for split in ("train", "dev", "test"))
+    run.track_data(train=train, dev=dev, test=test)
     fit = run.stage(
         "fit",
         fit_classifier,
         train=train,
         test=test,
+        dev=dev,
         encoder=job.encoder,
         head=job.head,
         config=job.train,
@@ -85,20 +105,26 @@ def spelling(job: SpellingJob, run: Run) -> None:
         align=job.align,
         augment=True,
         eval_batch=2048,
+        k=CANDIDATES,
     )
-    ids_QK, _, label_QP = ranked_classes(fit)
-    systems = {"labelmill": ids_QK}
+    classes = test.load_classes()
+    log_frequency_C = torch.from_numpy(np.log(classes["frequency"].to_numpy())).float()
+    weight = choose_prior(fit, log_frequency_C)
+    ids_QK, scores_QK, label_QP = ranked_classes(fit)
+    _, ranked_QK = with_prior(torch.from_numpy(scores_QK), torch.from_numpy(ids_QK), log_frequency_C, weight)
+    systems = {"labelmill": ranked_QK.numpy(), "without frequency": ids_QK}
     if job.baselines:
         rules = run.stage("baselines", run_baselines, data=test, k=5)
-        systems |= {name: np.load(rules.folder / f"{name}.npy") for name in ("n-gram nearest", "edit rule")}
-    bands = test.load_classes()["group"].to_numpy(zero_copy_only=False)[label_QP[:, 0]]
+        systems |= {name: np.load(rules.folder / f"{name}.npy") for name in ("edit rule", "n-gram nearest")}
+    bands = classes["group"].to_numpy(zero_copy_only=False)[label_QP[:, 0]]
     order = [name for _, name in BANDS if (bands == name).any()]
     report_training(run, Fitted(fit.folder), fit["seconds"])
     report_ranking(run, "test", systems, label_QP, bands, order, "frequency rank")
-    run.report.metrics["classes"] = float(job.words.count)
+    run.report.metrics |= {"classes": float(job.words.count), "prior_weight": weight}
     run.report_data_health(Fitted(fit.folder))
     if job.register_as:
-        run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train)
+        prior = ClassPrior(column="frequency", weight=weight, candidates=min(CANDIDATES, job.words.count))
+        run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train, prior=prior)
         run.report.notes.append(
-            f'Predict with it: labelmill models predict {job.register_as}@candidate --text "recieve" --text "langauge"'
+            f'Predict with it: labelmill models predict {job.register_as}@candidate --text "wrod" --text "pronounciaton"'
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,12 +21,15 @@ import pyarrow.compute as pc
 
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest
+from labelmill.data.shards import read_shard
 from labelmill.data.writer import ShardWriter
 from labelmill.errors import DataError, JobError
 
 MIN_LETTERS, MAX_LETTERS = 3, 20
 BANDS = ((10_000, "top 10k"), (100_000, "10k-100k"), (400_000, "100k-400k"), (10**9, "rarer"))
 """Frequency bands by rank."""
+
+_THIRDS = {"test": (0, 1), "dev": (2,)}  # which thirds of a band's drawn words a split gets
 
 
 def read_words(languages: tuple[str, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +45,9 @@ def read_words(languages: tuple[str, ...], count: int) -> tuple[np.ndarray, np.n
     folder = Path(spec.submodule_search_locations[0]) / "data"
     best: dict[str, float] = {}
     for language in languages:
-        path = next((p for size in ("large", "small") if (p := folder / f"{size}_{language}.msgpack.gz").is_file()), None)
+        path = next(
+            (p for size in ("large", "small") if (p := folder / f"{size}_{language}.msgpack.gz").is_file()), None
+        )
         if path is None:
             raise JobError(f"words.languages: wordfreq has no list for {language!r}; try en, de, fr, es, it, nl, pt.")
         with gzip.open(path) as file:
@@ -133,58 +139,62 @@ def make_typos(
 def write_words(
     out: Path, languages: tuple[str, ...], count: int, typos_per_word: int, queries: int, two_edits: float, seed: int
 ) -> dict[str, int]:
-    """Writes `out/train` and `out/test` (packed shards with one label space); returns their sample counts.
+    """Writes `out/train`, `out/dev` and `out/test` (packed shards, one label space); returns their sample counts.
 
     Train has `typos_per_word` misspellings of every word. Test has `queries` misspellings, equally many from each
-    frequency band, and none that also occurs in train as a misspelling of the same word.
+    frequency band, dev half as many of other words; neither holds one that train has for the same word.
     """
     words, frequency = read_words(languages, count)
     vocabulary = pa.array(words)
-    ranks = np.arange(count)
-    classes = pa.table({"name": vocabulary, "frequency": frequency, "group": band_of_rank(ranks)})
-    label = LabelSpec(form="single", num_classes=count)
-    fields = {"text": FieldSpec(kind="text", ext="txt")}
+    bands = band_of_rank(np.arange(count))
+    classes = pa.table({"name": vocabulary, "frequency": frequency, "group": bands})
 
-    test_rng = np.random.default_rng([seed, 1])
-    present = [name for _, name in BANDS if (classes["group"].to_numpy() == name).any()]
-    per_band = [np.flatnonzero(classes["group"].to_numpy() == name) for name in present]
-    asked = np.concatenate(
-        [test_rng.choice(band, min(len(band), queries // len(present)), replace=False) for band in per_band]
-    )
-    test_rng.shuffle(asked)
-    test, test_edits = make_typos(words, asked, two_edits, test_rng, vocabulary)
-    held_out = {(int(c), str(t)) for c, t in zip(asked, test, strict=True)}
+    def write(split: str, tables: Iterable[pa.Table]) -> int:
+        fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=count)
+        # a stage that crashed here may have left a data set
+        options = {"target_bytes": 2 << 20, "rows_per_member": 8192, "overwrite": True}
+        with ShardWriter(out / split, f"words-{split}", fields, label, layout="packed", **options) as writer:
+            for table in tables:
+                writer.write_table(table)
+            return writer.close(classes=classes).num_samples
 
-    writer = ShardWriter(out / "train", "words-train", fields, label, layout="packed", target_bytes=2 << 20, rows_per_member=8192, overwrite=True)
-    written = 0
-    for part in range(typos_per_word):
-        rng = np.random.default_rng([seed, 2, part])
-        typos, _ = make_typos(words, ranks, two_edits, rng, vocabulary)
-        keep = typos != ""
-        clash = np.flatnonzero(np.isin(ranks, asked))
-        keep[[i for i in clash if (int(i), str(typos[i])) in held_out]] = False
-        order = rng.permutation(np.flatnonzero(keep))
-        keys = np.char.add(f"t{part}-", order.astype(str))
-        writer.write_table(pa.table({"key": pa.array(keys), "text": pa.array(typos[order]), "label": pa.array(order)}))
-        written += len(order)
-    writer.close(classes=classes)
+    rng = np.random.default_rng([seed, 1])
+    present = [name for _, name in BANDS if (bands == name).any()]
+    drawn = [rng.permutation(np.flatnonzero(bands == name))[: queries * 3 // 2 // len(present)] for name in present]
+    asked = {split: np.concatenate([band[i::3] for band in drawn for i in part]) for split, part in _THIRDS.items()}
+    held_out: dict[int, str] = {}
+    tables, sizes = {}, {}
+    for split, of in asked.items():
+        of = rng.permutation(of)
+        typos, edits = make_typos(words, of, two_edits, rng, vocabulary)
+        held_out |= dict(zip(of.tolist(), typos.tolist(), strict=True))
+        kept = typos != ""
+        tables[split] = _table("q-", typos[kept], of[kept], edits[kept])
+    for split, table in tables.items():
+        sizes[split] = write(split, [table])
 
-    keep = test != ""
-    writer = ShardWriter(out / "test", "words-test", fields, label, layout="packed", target_bytes=1 << 20, overwrite=True)
-    keys = np.char.add("q-", asked[keep].astype(str))
-    writer.write_table(
-        pa.table({"key": pa.array(keys), "text": pa.array(test[keep]), "label": pa.array(asked[keep])})
-    )
-    writer.close(classes=classes)
-    if written < 0.95 * count * typos_per_word:
-        raise DataError(f"{out}: only {written:,} of {count * typos_per_word:,} misspellings could be made.")
-    return {"train": written, "test": int(keep.sum()), "one_edit": int((test_edits[keep] == 1).sum())}
+    def training() -> Iterator[pa.Table]:
+        held = np.fromiter(held_out, dtype=np.int64)
+        for part in range(typos_per_word):
+            rng = np.random.default_rng([seed, 2, part])
+            typos, edits = make_typos(words, np.arange(count), two_edits, rng, vocabulary)
+            kept = typos != ""
+            kept[held] &= typos[held] != np.array([held_out[i] for i in held.tolist()])
+            order = rng.permutation(np.flatnonzero(kept))
+            yield _table(f"t{part}-", typos[order], order, edits[order])
+
+    sizes["train"] = write("train", training())
+    if sizes["train"] < 0.95 * count * typos_per_word:
+        raise DataError(f"{out}: only {sizes['train']:,} of {count * typos_per_word:,} misspellings could be made.")
+    return sizes
 
 
-def read_queries(test: Manifest) -> tuple[list[str], np.ndarray]:
-    """All test misspellings and their classes, in the order of the shards."""
-    from labelmill.data.shards import read_shard
+def _table(prefix: str, typos: np.ndarray, of: np.ndarray, edits: np.ndarray) -> pa.Table:
+    """Rows of a shard; the key says which word, and how many edits."""
+    keys = np.char.add(np.char.add(prefix, of.astype(str)), np.char.add("-", edits.astype(str)))
+    return pa.table({"key": pa.array(keys), "text": pa.array(typos), "label": pa.array(of)})
 
-    tables = [read_shard(test, i) for i in range(len(test.shards))]
-    table = pa.concat_tables(tables)
-    return table["text"].to_pylist(), table["label"].to_numpy()
+
+def read_queries(data: Manifest) -> list[str]:
+    """All misspellings of a split, in the order of the shards."""
+    return pa.concat_tables([read_shard(data, i) for i in range(len(data.shards))])["text"].to_pylist()

@@ -108,4 +108,3 @@ def padded_share(start: int, stop: int, rank: int, world: int) -> tuple[int, int
     """
     lo, hi = share(start, stop, rank, world)
     return (lo, hi) if hi > lo else (start, start + 1)
-

@@ -58,9 +58,7 @@ class Batch:
         """The batch on `device`; floating inputs become `dtype` when given."""
         inputs = _move(self.inputs, device, dtype)
         labels = self.labels.to(device)
-        return Batch(
-            self.keys, inputs, labels, self.weight_B.to(device), self.positions_B.to(device), self.columns
-        )
+        return Batch(self.keys, inputs, labels, self.weight_B.to(device), self.positions_B.to(device), self.columns)
 
 
 def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -208,7 +206,7 @@ class RankStream:
                     if not offer(batch):
                         return
                 offer(None)
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            except BaseException as error:
                 offer(error)
 
         threading.Thread(target=run, name="stream-reader", daemon=True).start()

@@ -32,9 +32,7 @@ def assign_top(
     return id_NL, cos_NL
 
 
-def accumulate(
-    emb_ND: torch.Tensor, id_N: torch.Tensor, num_centres: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def accumulate(emb_ND: torch.Tensor, id_N: torch.Tensor, num_centres: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum_KD float64, count_K int64) of the rows of every centre: add those of blocks, then `new_centres`.
 
     float64, so that the order in which blocks are added doesn't show in float32 centres.

@@ -44,9 +44,7 @@ def choose_labelled(
         for value in np.unique(label_N):
             rows = np.flatnonzero(label_N == value)
             if len(rows) < labels_per_class:
-                raise ValueError(
-                    f"class {value} has {len(rows)} rows, labels_per_class asks for {labels_per_class}"
-                )
+                raise ValueError(f"class {value} has {len(rows)} rows, labels_per_class asks for {labels_per_class}")
             chosen.append(rng.choice(rows, labels_per_class, replace=False))
         return np.sort(np.concatenate(chosen))
     if num_labels is not None:

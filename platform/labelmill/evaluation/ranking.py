@@ -40,6 +40,19 @@ def topk_accuracy(
     return result
 
 
+def with_prior(
+    score_BK: torch.Tensor, id_BK: torch.Tensor, log_prior_C: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranked classes again by score + weight * log prior of the class; equal scores keep their order.
+
+    Logit adjustment after training (Menon et al., ICLR 2021, eq. 9, with the sign of a deployment whose classes are as
+    frequent as the prior says). `weight` belongs to a development set.
+    """
+    adjusted_BK = score_BK + weight * log_prior_C[id_BK]
+    order_BK = adjusted_BK.argsort(dim=1, descending=True, stable=True)
+    return adjusted_BK.gather(1, order_BK), id_BK.gather(1, order_BK)
+
+
 def mean_reciprocal_rank(hits_BK: torch.Tensor) -> float:
     """Mean of 1 / rank of the first hit, 0 where there is none among the K results."""
     rank_K = torch.arange(1, hits_BK.shape[1] + 1, dtype=torch.float64, device=hits_BK.device)
@@ -149,9 +162,7 @@ def cosine_summary(
     if len(many):
         left = many[torch.randint(len(many), (pairs,), generator=generator)]
         group = cluster[left]
-        step = 1 + (torch.rand(pairs, generator=generator) * (counts[group] - 1)).long().clamp_max(
-            counts[group] - 2
-        )
+        step = 1 + (torch.rand(pairs, generator=generator) * (counts[group] - 1)).long().clamp_max(counts[group] - 2)
         right = start[group] + (left - start[group] + step) % counts[group]
         same = (unit_ND[order[left]] * unit_ND[order[right]]).sum(dim=1)
     a = torch.randint(size, (pairs,), generator=generator)

@@ -23,12 +23,8 @@ class HeadConfig(StrictModel):
     optimizer: RowOptimizerConfig = SGD()
     lr_multiplier: float = Field(1.0, gt=0, description="class rows learn this much faster than the encoder")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the first class rows")
-    block_rows: int = Field(
-        1024, ge=1, description="classes are dealt to ranks in blocks of at most this size"
-    )
-    memory_mb: float = Field(
-        512.0, ge=0, description="memory for logits kept for the backward pass, MiB a rank"
-    )
+    block_rows: int = Field(1024, ge=1, description="classes are dealt to ranks in blocks of at most this size")
+    memory_mb: float = Field(512.0, ge=0, description="memory for logits kept for the backward pass, MiB a rank")
 
     @model_validator(mode="after")
     def _margin_needs_cosines(self) -> HeadConfig:

@@ -83,9 +83,7 @@ class ShardedHead:
         self.num_classes, self.dim, self.config, self.seed = num_classes, dim, config, seed
         self.ranks = Ranks(group)
         self.device, self.dtype = torch.device(device), dtype
-        self.start, self.stop = sampling.class_range(
-            num_classes, config.block_rows, self.ranks.rank, self.ranks.world
-        )
+        self.start, self.stop = sampling.class_range(num_classes, config.block_rows, self.ranks.rank, self.ranks.world)
         self.w_CD = sampling.initial_rows(
             num_classes, dim, config.block_rows, self.start, self.stop, seed, config.init_std, dtype
         ).to(self.device)
@@ -111,9 +109,7 @@ class ShardedHead:
                 f"rank {self.ranks.rank} owns the classes [{self.start}, {self.stop}), not all of {classes}"
             )
         rows_KD = rows_KD.to(self.device, self.dtype)
-        if not bool(torch.isfinite(rows_KD).all()) or (
-            self.config.normalize and bool((rows_KD == 0).all(dim=1).any())
-        ):
+        if not bool(torch.isfinite(rows_KD).all()) or (self.config.normalize and bool((rows_KD == 0).all(dim=1).any())):
             raise ValueError("class rows must be finite and, for a normalised head, not zero")
         self.w_CD[ids_K - self.start] = rows_KD
         for tensor in self.state.values():
@@ -234,9 +230,7 @@ class ShardedHead:
         rows_CD = torch.empty(self.w_CD.shape, dtype=dtype)
         for lo in range(0, len(rows_CD), ROWS_AT_ONCE):
             part = self.w_CD[lo : lo + ROWS_AT_ONCE]
-            rows_CD[lo : lo + ROWS_AT_ONCE] = (
-                torch.nn.functional.normalize(part) if self.config.normalize else part
-            )
+            rows_CD[lo : lo + ROWS_AT_ONCE] = torch.nn.functional.normalize(part) if self.config.normalize else part
         notes = {"num_classes": self.num_classes, "dim": self.dim, "normalized": self.config.normalize}
         return storage.save_range(folder, "rows", {"rows": rows_CD}, self.start, self.stop, notes)
 
@@ -254,9 +248,7 @@ class ShardedHead:
         packed = self.ranks.gather_rows(packed, counts)
         lo = sum(counts[: self.ranks.rank])
         weight_N = packed[:, width].contiguous().view(torch.float64).to(self.dtype)
-        batch = GlobalBatch(
-            self.ranks.gather_rows(x_BD, counts), packed[:, :width], weight_N, lo, lo + len(x_BD)
-        )
+        batch = GlobalBatch(self.ranks.gather_rows(x_BD, counts), packed[:, :width], weight_N, lo, lo + len(x_BD))
         self._check(batch, counts)
         return batch
 
@@ -267,9 +259,7 @@ class ShardedHead:
         ids_NP, used_N = batch.ids_NP, batch.weight_N > 0
         if not bool(torch.isfinite(batch.x_ND).all()):
             bad = (~torch.isfinite(batch.x_ND).all(dim=1)).nonzero()[:, 0]
-            raise FloatingPointError(
-                f"the embedding of {_where(int(bad[0]), counts)} holds NaN or infinite values"
-            )
+            raise FloatingPointError(f"the embedding of {_where(int(bad[0]), counts)} holds NaN or infinite values")
         if not bool((batch.weight_N >= 0).all()) or not bool(torch.isfinite(batch.weight_N).all()):
             bad = (~((batch.weight_N >= 0) & torch.isfinite(batch.weight_N))).nonzero()[:, 0]
             raise DataError(f"the weight of {_where(int(bad[0]), counts)} is negative or not a number.")
@@ -302,16 +292,12 @@ class ShardedHead:
         if self.config.sample_rate >= 1:
             return None
         if self._drawn is None or self._drawn[0] != self.steps:
-            classes = sampling.sampled_classes(
-                self.num_classes, self.config.sample_rate, self.seed, self.steps
-            )
+            classes = sampling.sampled_classes(self.num_classes, self.config.sample_rate, self.seed, self.steps)
             lo, hi = torch.searchsorted(classes, torch.tensor([self.start, self.stop])).tolist()
             self._drawn = (self.steps, (classes[lo:hi] - self.start).to(self.device))
         return self._drawn[1]
 
-    def _begin(
-        self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor, for_backward: bool
-    ) -> tuple[Tensor, HeadPass]:
+    def _begin(self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor, for_backward: bool) -> tuple[Tensor, HeadPass]:
         batch = self._gather(x_BD, ids_BP, weight_B)
         pairs, rows = self._own_pairs(batch)
         work = HeadPass(self.config, self.w_CD, rows, batch, pairs, self._use_max, self._scratch)
@@ -323,9 +309,7 @@ class ShardedHead:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_BD: Tensor, anchor: Tensor, head: ShardedHead, ids_BP: Tensor, weight_B: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_BD: Tensor, anchor: Tensor, head: ShardedHead, ids_BP: Tensor, weight_B: Tensor) -> Tensor:
         value, work = head._begin(x_BD.detach(), ids_BP, weight_B, ctx.needs_input_grad[1])
         ctx.head, ctx.work = head, work
         return value

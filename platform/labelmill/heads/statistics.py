@@ -115,9 +115,7 @@ class HeadPass:
         stats_NQ[self.pairs.sample_K, 1 + self.pairs.column_K] = sims_K
         ranks.sum_(stats_NQ)
         if not bool(torch.isfinite(stats_NQ).all()):
-            raise FloatingPointError(
-                "class rows of the head hold NaN or infinite values: lower the learning rate"
-            )
+            raise FloatingPointError("class rows of the head hold NaN or infinite values: lower the learning rate")
         value, by_lse_N, by_sim_NP = self._loss(stats_NQ, for_backward)
         if not for_backward:
             self._release()

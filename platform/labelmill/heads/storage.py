@@ -47,9 +47,7 @@ def save_range(
     return {"file": name, "start": start, "stop": stop}
 
 
-def check_cover(
-    entries: Iterable[Mapping[str, Any]], num_classes: int, folder: str | Path
-) -> list[Mapping[str, Any]]:
+def check_cover(entries: Iterable[Mapping[str, Any]], num_classes: int, folder: str | Path) -> list[Mapping[str, Any]]:
     """The entries in order of classes. Raises DataError unless they cover [0, num_classes) exactly once."""
     ordered = sorted((e for e in entries if e["start"] < e["stop"]), key=lambda e: e["start"])
     reached = 0
@@ -57,9 +55,7 @@ def check_cover(
         if entry["start"] > reached:
             raise DataError(f"{folder}: no file holds the classes [{reached}, {entry['start']}) of the head.")
         if entry["start"] < reached:
-            raise DataError(
-                f"{folder}: two files hold the classes [{entry['start']}, {reached}) of the head."
-            )
+            raise DataError(f"{folder}: two files hold the classes [{entry['start']}, {reached}) of the head.")
         reached = entry["stop"]
     if reached < num_classes:
         raise DataError(f"{folder}: no file holds the classes [{reached}, {num_classes}) of the head.")
@@ -87,9 +83,7 @@ def load_range(
             continue
         path = Path(folder) / entry["file"]
         if not path.is_file():
-            raise DataError(
-                f"{path}: missing; it holds the classes [{entry['start']}, {entry['stop']}) of the head."
-            )
+            raise DataError(f"{path}: missing; it holds the classes [{entry['start']}, {entry['stop']}) of the head.")
         with safe_open(path, framework="pt") as file:
             notes = notes or dict(file.metadata() or {})
             if lo >= hi:
@@ -97,17 +91,11 @@ def load_range(
             known = set(file.keys())
             for name, tensor in into.items():
                 if name not in known:
-                    raise DataError(
-                        f"{path}: holds {sorted(known)}, not {name!r}: another row optimizer wrote it."
-                    )
+                    raise DataError(f"{path}: holds {sorted(known)}, not {name!r}: another row optimizer wrote it.")
                 part = file.get_slice(name)
                 want = [entry["stop"] - entry["start"], *tensor.shape[1:]]
                 if list(part.get_shape()) != want:
-                    raise DataError(
-                        f"{path}: {name!r} has shape {list(part.get_shape())}, the head needs {want}."
-                    )
+                    raise DataError(f"{path}: {name!r} has shape {list(part.get_shape())}, the head needs {want}.")
                 values = part[lo - entry["start"] : hi - entry["start"]]
-                tensor[lo - start : hi - start].copy_(
-                    values.to(torch.promote_types(values.dtype, tensor.dtype))
-                )
+                tensor[lo - start : hi - start].copy_(values.to(torch.promote_types(values.dtype, tensor.dtype)))
     return notes

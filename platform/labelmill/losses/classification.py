@@ -102,9 +102,7 @@ class MLCD(StrictModel):
     """
 
     kind: Literal["mlcd"] = "mlcd"
-    threshold: float = Field(
-        0.0, description="the logit b that parts positives from negatives; the paper's is 0"
-    )
+    threshold: float = Field(0.0, description="the logit b that parts positives from negatives; the paper's is 0")
 
     def __call__(self, lse_neg_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor) -> Tensor:
         lse_pos_N = masked_logsumexp(-logits_pos_NP, mask_NP)

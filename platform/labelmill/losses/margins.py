@@ -34,9 +34,7 @@ class ArcFace(StrictModel):
 
     kind: Literal["arcface"] = "arcface"
     m: float = Field(0.5, ge=0, lt=math.pi, description="added to the angle of a positive, radians")
-    straight_through: bool = Field(
-        False, description="gradient of the plain cosine, as InsightFace computes it"
-    )
+    straight_through: bool = Field(False, description="gradient of the plain cosine, as InsightFace computes it")
 
 
 class Combined(StrictModel):
@@ -44,13 +42,9 @@ class Combined(StrictModel):
 
     kind: Literal["combined"] = "combined"
     m1: float = Field(1.0, ge=1, description="multiplies the angle of a positive (SphereFace)")
-    m2: float = Field(
-        0.0, ge=0, lt=math.pi, description="added to the angle of a positive, radians (ArcFace)"
-    )
+    m2: float = Field(0.0, ge=0, lt=math.pi, description="added to the angle of a positive, radians (ArcFace)")
     m3: float = Field(0.0, ge=0, lt=2, description="subtracted from the cosine of a positive (CosFace)")
-    straight_through: bool = Field(
-        False, description="gradient of the plain cosine, as InsightFace computes it"
-    )
+    straight_through: bool = Field(False, description="gradient of the plain cosine, as InsightFace computes it")
 
 
 Margin = NoMargin | CosFace | ArcFace | Combined

@@ -34,6 +34,7 @@ from torch import Tensor
 from labelmill.encoders import build_encoder
 from labelmill.encoders.base import Encoder
 from labelmill.errors import DataError, did_you_mean
+from labelmill.evaluation.ranking import with_prior
 from labelmill.heads.storage import check_cover
 from labelmill.heads.topk import merge_topk, topk_rows
 from labelmill.job import StrictModel
@@ -52,6 +53,14 @@ class HeadShard(StrictModel):
     stop: int = Field(ge=0)
 
 
+class ClassPrior(StrictModel):
+    """Ranking by score + weight * ln(column of the label space), over so many candidates of the plain ranking."""
+
+    column: str
+    weight: float
+    candidates: int = Field(50, ge=1)
+
+
 class ModelSpec(StrictModel):
     """Content of `model.json`.
 
@@ -63,6 +72,7 @@ class ModelSpec(StrictModel):
         dim: embedding width D.
         normalized: whether embeddings and rows are unit vectors, so that a score is a cosine; else it is
             their inner product.
+        prior: class frequencies that take part in the ranking of rule `topk`; None ranks by score alone.
         scale: factor of the cosine in the training loss; it isn't part of a score.
         label_form: label form of the training data.
         num_classes: C; 0 for a model without a head.
@@ -80,6 +90,7 @@ class ModelSpec(StrictModel):
     input: InputKind
     dim: int = Field(ge=1)
     normalized: bool = True
+    prior: ClassPrior | None = None
     scale: float = 1.0
     label_form: str = "single"
     num_classes: int = Field(0, ge=0)
@@ -102,6 +113,7 @@ def write_model(
     classes: pa.Table | None = None,
     state: Mapping[str, Tensor] | None = None,
     normalized: bool = True,
+    prior: ClassPrior | None = None,
     scale: float = 1.0,
     label_form: str = "single",
     manifest_digest: str = "",
@@ -122,6 +134,8 @@ def write_model(
     _rule(predictor)
     num_classes = 0 if classes is None else classes.num_rows
     shards, dtype = _find_shards(folder, num_classes, encoder.dim, normalized)
+    if prior and (classes is None or prior.column not in classes.column_names):
+        raise DataError(f"{folder}: the prior needs a column {prior.column!r} of the classes")
     if classes is not None:
         if "name" not in classes.column_names:
             raise DataError(f"{folder}: the classes need a column 'name', not only {classes.column_names}")
@@ -137,6 +151,7 @@ def write_model(
         input=input_kind,
         dim=encoder.dim,
         normalized=normalized,
+        prior=prior,
         scale=scale,
         label_form=label_form,
         num_classes=num_classes,
@@ -337,7 +352,13 @@ def _rule(name: str) -> Rule:
 @rule("topk")
 def predict_topk(predictor: Predictor, inputs: Inputs, k: int) -> pa.Table:
     """The k classes with the largest score for each input."""
-    scores_Nk, ids_Nk = predictor.topk(inputs, k)
+    prior = predictor.spec.prior
+    if prior is None:
+        scores_Nk, ids_Nk = predictor.topk(inputs, k)
+    else:
+        log_prior_C = torch.from_numpy(np.log(predictor.classes[prior.column].to_numpy())).float()
+        plain = predictor.topk(inputs, max(k, prior.candidates))
+        scores_Nk, ids_Nk = (ranked[:, :k] for ranked in with_prior(*plain, log_prior_C, prior.weight))
     count, found = ids_Nk.shape
     ids = pa.array(ids_Nk.numpy().reshape(-1))
     return pa.table(

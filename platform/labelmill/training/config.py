@@ -37,9 +37,7 @@ class TrainConfig(StrictModel):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
         if self.global_batch % self.accumulation:
-            raise ValueError(
-                f"global_batch {self.global_batch} is not divisible by accumulation {self.accumulation}"
-            )
+            raise ValueError(f"global_batch {self.global_batch} is not divisible by accumulation {self.accumulation}")
         return self
 
     def total_steps(self, samples: int) -> int:

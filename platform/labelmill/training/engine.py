@@ -189,7 +189,9 @@ class Engine:
         """Zero moments for every partition. Torch makes them in its first step only, and for a partition of padding never."""
         zero, stage = self._engine.optimizer, self.config.zero_stage
         inner = zero if stage == 0 else zero.optimizer
-        flats = zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
+        flats = (
+            zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
+        )
         for flat in flats:
             inner.state[flat] = {moment: torch.zeros_like(flat) for moment in _MOMENTS}
             inner.state[flat]["step"] = torch.tensor(float(steps))
@@ -225,5 +227,7 @@ def load_dense(objective: Objective, dense: dict[str, Tensor]) -> None:
         raise ValueError(f"the checkpoint is of another model: it lacks {missing[:5]} and has {extra[:5]} besides")
     for name, target in expected.items():
         if target.shape != dense[name].shape:
-            raise ValueError(f"{name}: the checkpoint has shape {tuple(dense[name].shape)}, the model {tuple(target.shape)}")
+            raise ValueError(
+                f"{name}: the checkpoint has shape {tuple(dense[name].shape)}, the model {tuple(target.shape)}"
+            )
         target.copy_(dense[name])

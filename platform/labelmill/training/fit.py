@@ -62,7 +62,7 @@ def fit(task: FitTask, cluster: ClusterConfig, name: str, on_event: Callable[[Ev
     def run() -> None:
         try:
             outcome["result"] = trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - raised again in the driver's thread
+        except BaseException as error:
             outcome["error"] = error
 
     began = time.time()

@@ -39,9 +39,7 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 300
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
             store = f"file://{folder}/store"
-            worker = context.Process(
-                target=_work, args=(theirs, store, rank, world, where, args), daemon=True
-            )
+            worker = context.Process(target=_work, args=(theirs, store, rank, world, where, args), daemon=True)
             worker.start()
             theirs.close()
             workers.append(worker)
@@ -77,17 +75,13 @@ def _collect(workers: list[Any], pipes: list[Connection], deadline: float) -> li
     return [values[rank] for rank in range(len(workers))]
 
 
-def _work(
-    pipe: Connection, store: str, rank: int, world: int, where: tuple[str, str, str], args: Any
-) -> None:
+def _work(pipe: Connection, store: str, rank: int, world: int, where: tuple[str, str, str], args: Any) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":
         # all ranks are here: the loopback always answers, the host's own name may not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # what a launcher sets and DeepSpeed asks for
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
         value = _find(*where)(rank, world, *args)

@@ -113,7 +113,9 @@ def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: 
         columns["key"] += [key for key, keep in zip(batch.keys, kept.tolist(), strict=True) if keep]
         columns["position"].append(batch.positions_B.cpu()[kept])
         for column, value in outputs.items():
-            columns.setdefault(column, []).append(value.detach().float().cpu()[kept] if value.is_floating_point() else value.cpu()[kept])
+            columns.setdefault(column, []).append(
+                value.detach().float().cpu()[kept] if value.is_floating_point() else value.cpu()[kept]
+            )
         for column, values in batch.columns.items():
             columns.setdefault(column, []).extend(v for v, keep in zip(values, kept.tolist(), strict=True) if keep)
         done += 1

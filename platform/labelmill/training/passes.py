@@ -116,7 +116,9 @@ def _unit(path: Path) -> tuple[Tensor, Tensor]:
     wrong = valid & (~torch.isfinite(norm_N) | (norm_N == 0))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        raise DataError(f"{path.name}: the embedding of row {row} is zero or not finite; it has no direction to cluster.")
+        raise DataError(
+            f"{path.name}: the embedding of row {row} is zero or not finite; it has no direction to cluster."
+        )
     return emb_ND[valid] / norm_N[valid, None], valid
 
 

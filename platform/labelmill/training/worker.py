@@ -144,9 +144,7 @@ def _save(root: Path, engine: Engine, position: Position, keep: int) -> None:
     save_checkpoint(root, engine, position, keep)
 
 
-def _begin(
-    task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress
-) -> Position:
+def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress) -> Position:
     """The position to start from: the checkpoint's, or zero with fresh rows."""
     stream = task.train.digest if task.train else ""
     if found is None:

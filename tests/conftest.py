@@ -11,7 +11,7 @@ import pytest
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
     os.environ.pop(_name, None)
 
-from labelmill.cluster import set_environment
+from labelmill.cluster import set_environment  # noqa: E402
 
 set_environment()
 

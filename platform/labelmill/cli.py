@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 from labelmill import __version__
@@ -200,7 +201,7 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         Console(stderr=True).print("stopped; run the same command again to continue", highlight=False)
@@ -214,13 +215,9 @@ def main() -> None:
         name = type(error).__name__
         first = (str(error).strip().splitlines() or [""])[0][:300]
         Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]failed:[/] {_escape(f'{name}: {first}')}\nThe traceback is in {place}", highlight=False
+            f"[bold red]failed:[/] {escape(f'{name}: {first}')}\nThe traceback is in {place}", highlight=False
         )
         sys.exit(1)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _write_traceback() -> str:

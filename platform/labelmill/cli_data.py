@@ -37,7 +37,9 @@ def _options(
         if layout not in ("tar", "packed"):
             raise UserError(f"--layout {layout}: write tar or packed.")
         options["layout"] = layout
-    if shard_mb:
+    if shard_mb is not None:
+        if shard_mb * 2**20 < 1:
+            raise UserError(f"--shard-mb {shard_mb:g}: a shard needs a size above 0, in MiB.")
         options["target_bytes"] = int(shard_mb * 2**20)
     if split:
         try:

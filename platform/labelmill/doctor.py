@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform as system
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -33,16 +31,21 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order a run meets it. Starts a local Ray session and a tiny DeepSpeed engine for real."""
-    findings = [_python(), *_packages(), _torch(), _devices(), _memory(), _disk()]
+    findings = [_python(), *_packages(), _torch()]
+    if findings[-1].state != "fail":
+        findings.append(_devices())
+    findings += [_memory(), _disk()]
     if not any(f.state == "fail" for f in findings):
-        findings += [_ray(), _deepspeed(), _mlflow()]
-    return [*findings, _s3(), _compiler(), *_workloads()]
+        findings += [_ray(), _deepspeed()]
+    return [*findings, _mlflow(), _s3(), _compiler(), *_workloads()]
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _python() -> Finding:
     text = f"Python {system.python_version()}, {system.system()} {system.machine()}"
-    if sys.version_info < (3, 11):
-        return Finding("fail", "python", text, "labelmill needs Python 3.11")
     return Finding("ok", "python", text)
 
 
@@ -90,8 +93,10 @@ def _devices() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError as error:
+        return Finding("fail", "memory", _last_line(error), "run `make env`, or pip install -c constraints.txt .")
     free, total = psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30
     text = f"{free:.1f} of {total:.1f} GiB free"
     return Finding("ok", "memory", text) if free > 4 else Finding("note", "memory", text, "the demo needs about 8 GiB")
@@ -139,7 +144,7 @@ def _deepspeed() -> Finding:
 
         spawn(_tiny_engine, 1)
     except Exception as error:
-        return Finding("fail", "deepspeed", str(error).strip().splitlines()[-1], "install the pinned deepspeed again")
+        return Finding("fail", "deepspeed", _last_line(error), "install the pinned deepspeed again")
     return Finding("ok", "deepspeed", "an engine on ZeRO 1 made a step")
 
 
@@ -166,21 +171,23 @@ def _tiny_engine(rank: int, world: int) -> int:
 
 
 def _mlflow() -> Finding:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri.startswith("http"):
-        importlib.import_module("mlflow")
-        return Finding(
-            "ok", "mlflow", f"tracking to {uri}" if uri else "tracking to a local store under the output folder"
-        )
     from labelmill.errors import UserError
     from labelmill.job import TrackingConfig
-    from labelmill.tracking.config import Store, check_server
+    from labelmill.tracking.config import Store, check_server, import_mlflow
 
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     try:
-        check_server(Store.of(TrackingConfig()))
+        import_mlflow()
+        store = Store.of(TrackingConfig())
+        if store.is_server:
+            check_server(store)
     except UserError as error:
-        return Finding("fail", "mlflow", str(error), "start the server or unset MLFLOW_TRACKING_URI")
-    return Finding("ok", "mlflow", f"the server at {uri} answers")
+        return Finding("fail", "mlflow", str(error), "mend or unset MLFLOW_TRACKING_URI")
+    except Exception as error:
+        return Finding("fail", "mlflow", f"import fails: {_last_line(error)}", "install the pinned mlflow again")
+    if store.is_server:
+        return Finding("ok", "mlflow", f"the server at {uri} answers")
+    return Finding("ok", "mlflow", f"tracking to {uri}" if uri else "tracking to a local store under the output folder")
 
 
 def _s3() -> Finding:

@@ -36,7 +36,7 @@ from labelmill.errors import UserError
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.tracking.model import ClassPrior
-from labelmill.tracking.report import Report, Table
+from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version
 from labelmill.training.config import TrainConfig
 
@@ -248,7 +248,7 @@ class Run:
         self.report.metrics["data/bad_samples"] = float(len(bad))
         if bad:
             rows = [[key, reason] for key, reason in sorted(bad.items())[:200]]
-            self.report.tables["bad samples"] = Table(["key", "reason"], rows, f"{len(bad)} samples were left out")
+            self.report.add_table("bad samples", ["key", "reason"], rows, f"{len(bad)} samples were left out")
 
     def figure(self, name: str) -> Path:
         """Where a figure of the report goes; the file is listed in the report under `name`."""
@@ -446,6 +446,6 @@ def _execute(
 
 def _finish_report(run: Run) -> None:
     rows = [[stage.name, f"{stage.seconds:.1f}"] for stage in run.stages]
-    run.report.tables["stages"] = Table(["stage", "seconds"], rows, "wall time of each stage, kept ones as they ran")
+    run.report.add_table("stages", ["stage", "seconds"], rows, "wall time of each stage, kept ones as they ran")
     run.report.meta["mlflow_run"] = run.tracker.run_id
     run.tracker.report(run.report)

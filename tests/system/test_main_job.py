@@ -6,7 +6,6 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,11 @@ def run(path: Path, output: Path, *overrides: str) -> tuple[Any, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterator[dict[str, Any]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("main")
     path = write_job(folder, SPELLING)
     report, text = run(path, folder / "runs")
-    yield {"path": path, "output": folder / "runs", "report": report, "text": text}
+    return {"path": path, "output": folder / "runs", "report": report, "text": text}
 
 
 def test_it_learns_and_reports(finished: dict[str, Any]) -> None:

@@ -104,6 +104,6 @@ def test_keys_follow_content() -> None:
 def test_a_dead_tracking_server_is_an_error_before_anything_runs(tmp_path: Path) -> None:
     CALLS.clear()
     dead = job(tmp_path, 1).model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:9", timeout_s=3)})
-    with pytest.raises(UserError, match="127.0.0.1:9"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         execute(dead, method, console=Console(file=io.StringIO()))
     assert CALLS == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_shares_cover_a_batch(n: int, world: int) -> None:
     parts = [share(100, 100 + n, r, world) for r in range(world)]
     assert parts[0][0] == 100
     assert parts[-1][1] == 100 + n
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(parts))
     if n:
         assert all(hi > lo for lo, hi in (padded_share(100, 100 + n, r, world) for r in range(world)))
 
@@ -175,9 +176,9 @@ def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
         file.truncate(1024)
     spec = StreamSpec(data, "text", 20)
     handle = RaySource.start(spec, 1, 0.25, "stream-test-damaged")
+    rank = RaySource(handle, 0)
     with pytest.raises(Exception, match=r"texts") as caught:
-        for step in range(spec.steps):
-            RaySource(handle, 0).table(step)
+        [rank.table(step) for step in range(spec.steps)]
     error = user_error_in(caught.value)
     assert isinstance(error, DataError)
     assert path in str(error)

@@ -24,6 +24,7 @@ from labelmill.data.overlay import write_label_overlay
 from labelmill.data.shards import read_shard
 from labelmill.encoders import EncoderConfig, LinearConfig, build_encoder
 from labelmill.encoders.linear import fit_pca
+from labelmill.errors import JobError
 from labelmill.evaluation.probe import knn_accuracy, linear_probe
 from labelmill.evaluation.ranking import nearest_neighbours, unit_rows
 from labelmill.heads.config import HeadConfig
@@ -86,6 +87,12 @@ def teach(
 ) -> dict[str, Any]:
     """Stage: fits the teacher and embeds the training set with it."""
     pixels = decode_all(train, field, image["image_size"], image["channels"])
+    numbers = pixels[0].size
+    if teacher.dim > min(len(pixels), numbers):
+        raise JobError(
+            f"teacher.dim: {teacher.dim} components asked for, but {len(pixels)} images of {numbers} numbers have "
+            f"{min(len(pixels), numbers)} at the most."
+        )
     weight_DI, centre_I, share_D = fit_pca(
         torch.from_numpy(pixels.reshape(len(pixels), -1)).float() / 255, teacher.dim, teacher.whiten
     )
@@ -114,7 +121,8 @@ def assign(
     form: Literal["single", "multi"] = "single" if nearest == 1 else "multi"
     centres_KD = load_file(centres.folder / "centres.safetensors")["centres"]
     tables = assign_nearest(train, embeddings.folder / "train", centres_KD, nearest, run.progress.update)
-    write_label_overlay(train, folder, LabelSpec(form=form, num_classes=count), tables)
+    # a stage that crashed here may have left a data set
+    write_label_overlay(train, folder, LabelSpec(form=form, num_classes=count), tables, overwrite=True)
     return {}
 
 

@@ -80,7 +80,7 @@ def _edit(codes_NL: np.ndarray, letters: np.ndarray, rng: np.random.Generator) -
     """One random edit of every row; rows keep their width, so the last column must be free (zero)."""
     n, width = codes_NL.shape
     length = (codes_NL > 0).sum(1)
-    kind = rng.integers(0, 4, n)  # substitute, insert, delete, swap
+    kind = rng.integers(0, 4, size=(n,))  # substitute, insert, delete, swap
     # a swap of two equal letters would change nothing; such rows substitute instead
     place = (rng.random(n) * np.where(kind == 1, length + 1, np.where(kind == 3, length - 1, length))).astype(np.int64)
     row = np.arange(n)
@@ -152,8 +152,16 @@ def write_words(
     def write(split: str, tables: Iterable[pa.Table]) -> int:
         fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=count)
         # a stage that crashed here may have left a data set
-        options = {"target_bytes": 2 << 20, "rows_per_member": 8192, "overwrite": True}
-        with ShardWriter(out / split, f"words-{split}", fields, label, layout="packed", **options) as writer:
+        with ShardWriter(
+            out / split,
+            f"words-{split}",
+            fields,
+            label,
+            layout="packed",
+            target_bytes=2 << 20,
+            rows_per_member=8192,
+            overwrite=True,
+        ) as writer:
             for table in tables:
                 writer.write_table(table)
             return writer.close(classes=classes).num_samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -48,8 +47,8 @@ class StreamConfig(StrictModel):
 class DataConfig(StreamConfig):
     """A training and a test data set with one label space: folders that hold a `manifest.json`."""
 
-    train: Path
-    test: Path
+    train: str = Field(min_length=1, description="folder or URI of the training set")
+    test: str = Field(min_length=1, description="folder or URI of the test set")
 
     def open(self) -> tuple[Manifest, Manifest]:
         """Both manifests. Raises DataError when one is missing or their labels don't fit together."""

@@ -93,7 +93,8 @@ class RaySource:
         """Starts the coordinator of a stream; it lives as long as the handle that is returned."""
         import ray
 
-        return ray.remote(num_cpus=0, name=name)(Coordinator).remote(spec, world, read_cpus)
+        actor: Any = ray.remote(Coordinator)
+        return actor.options(num_cpus=0, name=name).remote(spec, world, read_cpus)
 
     @staticmethod
     def find(name: str) -> Any:

@@ -97,6 +97,14 @@ class ShardedHead:
         # makes the loss differentiable also when the embeddings are not (a frozen encoder)
         self._anchor = torch.zeros((), requires_grad=True)
 
+    def to(self, device: torch.device | str) -> ShardedHead:
+        """Moves rows and optimizer state, as `nn.Module.to` does for parameters; before training."""
+        self.device = torch.device(device)
+        self.w_CD = self.w_CD.to(self.device)
+        self.state = {name: tensor.to(self.device) for name, tensor in self.state.items()}
+        self._drawn = None
+        return self
+
     def set_rows(self, classes: range | Tensor, rows_KD: Tensor) -> None:
         """Sets rows of own classes, given by global id (imprinting), and forgets their optimizer state.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -42,9 +42,13 @@ def fit(task: FitTask, cluster: ClusterConfig, name: str, on_event: Callable[[Ev
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = cluster.gpus_per_worker
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    # the type stubs know the older class of this name
+    failures = cast(Any, ray.train.FailureConfig)(max_failures=cluster.max_failures, controller_failure_limit=3)
+    actor: Any = ray.remote(Mailbox)
+    mailbox = actor.options(num_cpus=0).remote()
+    loop: Any = _train_loop
     trainer = TorchTrainer(
-        _train_loop,
+        loop,
         train_loop_config={"task": task, "mailbox": mailbox},
         torch_config=TorchConfig(backend=backend(use_gpu)),
         scaling_config=ray.train.ScalingConfig(
@@ -54,7 +58,7 @@ def fit(task: FitTask, cluster: ClusterConfig, name: str, on_event: Callable[[Ev
             # a new name each time: resuming is ours, from our own checkpoints
             name=f"{name}-{time.time_ns()}",
             storage_path=str(task.work.resolve() / ".ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=failures,
         ),
     )
     outcome: dict[str, Any] = {}

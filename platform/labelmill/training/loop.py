@@ -105,8 +105,7 @@ def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: 
     """Runs the objective's `predict` over a stream; columns of this rank's samples, holes and padding left out."""
     engine.objective.eval()
     columns: dict[str, list] = {"key": [], "position": []}
-    done = 0
-    for batch in batches:
+    for done, batch in enumerate(batches, start=1):
         batch = engine.to_device(batch)
         outputs = engine.objective.predict(batch)
         kept = batch.weight_B.cpu() > 0
@@ -118,7 +117,6 @@ def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: 
             )
         for column, values in batch.columns.items():
             columns.setdefault(column, []).extend(v for v, keep in zip(values, kept.tolist(), strict=True) if keep)
-        done += 1
         if sink:
             sink.post(kind="progress", done=done, total=total, rate=math.nan, text=f"predict {name}")
     return columns

@@ -92,6 +92,8 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
     device = worker_device(task.use_gpu)
     torch.manual_seed(task.seed)
     objective = task.objective().to(device)
+    for head in objective.heads.values():
+        head.to(device)
     checkpoints = task.work / "checkpoints"
     found = latest_checkpoint(checkpoints)
     if found:

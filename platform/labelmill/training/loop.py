@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 
 from labelmill.data.stream import Batch
 from labelmill.training.checkpoint import Position
@@ -77,9 +78,11 @@ def train(
         window_steps += 1
 
         last = step + 1 == total_steps
-        if sink and ((step + 1) % config.log_every == 0 or last):
+        due = (step + 1) % config.log_every == 0 or last
+        shown = _mean_over_ranks({"loss": loss} | parts, engine.device) if due else {}
+        if sink and due:
             elapsed = time.perf_counter() - window_start
-            values = {"train/loss": loss, "train/learning_rate": rate} | {f"train/{k}": v for k, v in parts.items()}
+            values = {f"train/{name}": value for name, value in shown.items()} | {"train/learning_rate": rate}
             if math.isfinite(norm):
                 values["train/grad_norm"] = norm
             values["train/samples_per_second"] = window_steps * config.global_batch / elapsed
@@ -90,7 +93,7 @@ def train(
                 done=step + 1,
                 total=total_steps,
                 rate=values["train/samples_per_second"],
-                text=f"loss {loss:.3f}",
+                text=f"loss {shown['loss']:.3f}",
             )
             seconds = dict.fromkeys(PARTS, 0.0)
             window_start, window_steps = time.perf_counter(), 0
@@ -98,6 +101,13 @@ def train(
             checkpoint(position)
             clock = time.perf_counter()
     return position
+
+
+def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Scalars averaged over the ranks: a dense module's loss is the rank's own, a sharded head's is equal on all."""
+    packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(packed)
+    return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -1,0 +1,104 @@
+"""The classifier objective on 1 and 2 workers: same losses, same rows; imprinting; clustering on Ray."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from labelmill.data.labels import LabelSpec
+from labelmill.data.manifest import FieldSpec, load_manifest
+from labelmill.data.source import StreamSpec
+from labelmill.data.writer import ShardWriter
+from labelmill.encoders import CharNgramsConfig, build_encoder
+from labelmill.heads.config import HeadConfig
+from labelmill.training.config import TrainConfig
+from labelmill.training.events import ListSink
+from labelmill.training.local import spawn
+from labelmill.training.worker import FitTask, run_worker
+from workloads.discrimination.partial_fc import Classifier
+
+ENCODER = CharNgramsConfig(dim=16, buckets=512, hidden=16)
+NAMES = [f"{a}{b}{c}" for a in "bdgk" for b in "aeiou" for c in "lmnrst"]
+
+
+def make_data(folder: Path) -> None:
+    import pyarrow as pa
+
+    label = LabelSpec(form="single", num_classes=len(NAMES))
+    with ShardWriter(
+        folder, "syllables", {"text": FieldSpec(kind="text", ext="txt")}, label, layout="packed", samples_per_shard=50
+    ) as writer:
+        for i in range(2 * len(NAMES)):
+            name = NAMES[i % len(NAMES)]
+            writer.write(f"s{i}", {"text": name + "aeiou"[i % 5]}, {"label": i % len(NAMES)})
+        writer.close(classes=pa.table({"name": NAMES}))
+
+
+def train(rank: int, world: int, data: str, work: str, align: float, stage: int) -> dict[str, Any]:
+    manifest = load_manifest(data)
+    head = HeadConfig(scale=12.0, sample_rate=0.5, block_rows=16)
+    task = FitTask(
+        partial(Classifier, ENCODER, head, len(NAMES), 1, manifest, align, 3),
+        TrainConfig(global_batch=24, steps=8, learning_rate=0.01, zero_stage=stage, log_every=1),
+        StreamSpec(manifest, "text", 24, seed=2, window=2),
+        predict={"test": StreamSpec(manifest, "text", 23, shuffle=False)},
+        work=Path(work),
+        seed=1,
+        transport="local",
+    )
+    sink = ListSink()
+    run_worker(task, rank, world, sink)
+    return {"losses": [e["values"]["train/loss"] for e in sink.events if e["kind"] == "metrics"]}
+
+
+@pytest.mark.parametrize("align", [0.0, 1.0])
+def test_one_and_two_workers_agree(tmp_path: Path, align: float) -> None:
+    from labelmill.run import Fitted
+
+    make_data(tmp_path / "data")
+    curves, rows, predictions = [], [], []
+    for world, stage in ((1, 0), (2, 2)):
+        work = tmp_path / f"work{world}"
+        results = spawn(train, world, str(tmp_path / "data"), str(work), align, stage)
+        curves.append(results[0]["losses"])
+        rows.append(Fitted(work).head_rows("classes"))
+        assert len(sorted((work / "predictions" / "test").glob("part-*.parquet"))) == world
+        predictions.append(Fitted(work).predictions("test"))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-3)
+    assert predictions[0].num_rows == 2 * len(NAMES), "every sample is predicted once, for any number of workers"
+    assert predictions[0].column("key").to_pylist() == predictions[1].column("key").to_pylist()
+    same = [a == b for a, b in zip(*(p.column("class_id").to_pylist() for p in predictions), strict=True)]
+    assert sum(same) / len(same) > 0.98
+    encoder = build_encoder(ENCODER)
+    encoder.load_state_dict(Fitted(tmp_path / "work1").dense("encoder."))
+    expected = torch.nn.functional.normalize(encoder.embed(NAMES))
+    torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_clustering_on_ray_equals_the_reference(tmp_path: Path, ray_session: None) -> None:
+    from labelmill.evaluation.clustering import spherical_kmeans as reference
+    from labelmill.training.passes import spherical_kmeans
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    emb = torch.randn(300, 8, generator=generator) + 2 * torch.randn(6, 8, generator=generator).repeat(50, 1)
+    valid = torch.ones(300, dtype=torch.bool)
+    valid[7] = False
+    for i in range(3):
+        part = slice(100 * i, 100 * (i + 1))
+        save_file(
+            {"emb": emb[part].contiguous(), "valid": valid[part].contiguous()}, tmp_path / f"emb-{i:05d}.safetensors"
+        )
+    centres, history = spherical_kmeans(tmp_path, 6, 8, 3, lambda done, total: None, cpus=0.5)
+    again, _ = spherical_kmeans(tmp_path, 6, 8, 3, lambda done, total: None, cpus=1.0)
+    torch.testing.assert_close(centres, again, atol=0, rtol=0)
+    cosines = [record["mean_cosine"] for record in history]
+    assert all(b >= a - 1e-6 for a, b in pairwise(cosines))
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(6))
+    best = max(reference(torch.nn.functional.normalize(emb[valid]), 6, 8, seed).mean_cosine[-1] for seed in range(3))
+    assert cosines[-1] > best - 0.1

@@ -12,7 +12,8 @@ import torch
 
 from labelmill.evaluation.groups import metrics_by_group
 from labelmill.evaluation.ranking import hits, topk_accuracy
-from labelmill.run import Fitted, Run
+from labelmill.run import Run
+from labelmill.stages import Fitted
 from labelmill.tracking import figures
 
 

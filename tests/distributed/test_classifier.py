@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, load_manifest
 from labelmill.data.source import StreamSpec
@@ -57,7 +58,7 @@ def train(rank: int, world: int, data: str, work: str, align: float, stage: int)
 
 @pytest.mark.parametrize("align", [0.0, 1.0])
 def test_one_and_two_workers_agree(tmp_path: Path, align: float) -> None:
-    from labelmill.run import Fitted
+    from labelmill.stages import Fitted
 
     make_data(tmp_path / "data")
     curves, rows, predictions = [], [], []
@@ -81,9 +82,10 @@ def test_one_and_two_workers_agree(tmp_path: Path, align: float) -> None:
 
 
 def test_clustering_on_ray_equals_the_reference(tmp_path: Path, ray_session: None) -> None:
+    from safetensors.torch import save_file
+
     from labelmill.evaluation.clustering import spherical_kmeans as reference
     from labelmill.training.passes import spherical_kmeans
-    from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
     emb = torch.randn(300, 8, generator=generator) + 2 * torch.randn(6, 8, generator=generator).repeat(50, 1)

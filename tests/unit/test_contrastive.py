@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from labelmill.evaluation.ranking import with_prior
 from labelmill.losses.contrastive import in_batch_softmax
 

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from labelmill.errors import UserError
 from labelmill.job import Job, TrackingConfig
-from labelmill.run import Run, execute, fingerprint, stage_key
+from labelmill.run import Run, execute
+from labelmill.stages import fingerprint, stage_key
 
 CALLS: list[str] = []
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from rapidfuzz.distance import OSA
+
 from labelmill.data.manifest import load_manifest
 from labelmill.data.shards import read_shard
 from labelmill.errors import JobError
-from rapidfuzz.distance import OSA
 from workloads.discrimination.spelling_baselines import edit_rule, ngram_nearest
 from workloads.discrimination.words import make_typos, read_queries, read_words, write_words
 

@@ -32,7 +32,8 @@ from labelmill.job import StrictModel
 from labelmill.losses.classification import MLCD, Softmax
 from labelmill.losses.margins import CosFace
 from labelmill.reporting import report_training
-from labelmill.run import Fitted, Run, Stage
+from labelmill.run import Run
+from labelmill.stages import Fitted, Stage
 from labelmill.tracking import figures
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.passes import assign_nearest, load_embeddings, spherical_kmeans

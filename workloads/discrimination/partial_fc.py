@@ -32,7 +32,8 @@ from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
 from labelmill.losses.contrastive import in_batch_softmax
 from labelmill.reporting import report_ranking, report_training
-from labelmill.run import Fitted, Run, Stage
+from labelmill.run import Run
+from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Losses, Objective, Progress
 from labelmill.workload import workload

@@ -22,7 +22,8 @@ from labelmill.evaluation.ranking import with_prior
 from labelmill.heads.config import HeadConfig
 from labelmill.job import StrictModel
 from labelmill.reporting import report_ranking, report_training
-from labelmill.run import Fitted, Run, Stage
+from labelmill.run import Run
+from labelmill.stages import Fitted, Stage
 from labelmill.tracking.model import ClassPrior
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload

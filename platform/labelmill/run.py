@@ -162,13 +162,13 @@ class Run:
             self.tracker.artifact(path, "data")
             self.report.meta[f"data_{context}"] = data.digest
 
+    def _track(self, step: int, when_s: float, values: Mapping[str, float]) -> None:
+        self.tracker.metrics([(name, value, step, int(when_s * 1000)) for name, value in values.items()])
+
     def _on_event(self, folder: Path, event: dict[str, Any]) -> None:
         match event["kind"]:
             case "metrics":
-                with open(folder / "history.jsonl", "a", encoding="utf-8") as out:
-                    out.write(json.dumps({"step": event["step"], **event["values"]}) + "\n")
-                now = int(event["time"] * 1000)
-                self.tracker.metrics([(name, value, event["step"], now) for name, value in event["values"].items()])
+                self._track(event["step"], event["time"], event["values"])
             case "progress":
                 self.progress.update(event["done"], event["total"], event["rate"], event["text"])
             case "bad":

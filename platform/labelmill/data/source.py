@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from labelmill.errors import DataError
 
 POSITION = "__position__"
 _BLOCK_BYTES = 8 << 20
+_BREATH_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def read_blocks(spec: StreamSpec, window: Window) -> Iterator[pa.Table]:
 def ordered_blocks(spec: StreamSpec, read_cpus: float) -> Iterator[tuple[Any, int]]:
     """Runs the stream's read tasks on Ray Data; yields (block reference, rows) in plan order."""
     import ray.data
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -147,7 +150,19 @@ def ordered_blocks(spec: StreamSpec, read_cpus: float) -> Iterator[tuple[Any, in
             unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(task(window), unknown) for window in windows]
 
+    class Breather(ExecutionCallback):
+        """Pauses Ray's scheduling loop while finished blocks wait for the consumer.
+
+        A task whose output is held back by backpressure is always `ready`, so the loop would spin and take most of a core
+        from the workers.
+        """
+
+        def on_execution_step(self, executor: Any) -> None:
+            if not executor._consumer_idling():
+                time.sleep(_BREATH_S)
+
     context = ray.data.DataContext.get_current()
+    context.custom_execution_callback_classes = [Breather]
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -35,7 +35,7 @@ from labelmill.training.checkpoint import (
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine, load_dense
-from labelmill.training.events import Sink
+from labelmill.training.events import HistorySink, Sink
 from labelmill.training.loop import predict, train
 from labelmill.training.objective import Objective, Progress
 
@@ -124,7 +124,7 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             task.config,
             position,
             task.total_steps,
-            sink if rank == 0 else None,
+            HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
             lambda at: _save(checkpoints, engine, at, task.config.keep_checkpoints),
         )
         del batches

@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 job=workloads/discrimination/jobs/spelling-1m.yaml
 printf '\033[1m[demo]\033[0m %s\n' "labelmill run $job"
 .venv/bin/labelmill run "$job"
-ask=(.venv/bin/labelmill models predict spelling-1m@candidate --text recieve --text langauge --text definately --text rechtschreibnug --text bibliotéque)
+ask=(.venv/bin/labelmill models predict spelling-1m@candidate --text pronounciaton --text embarassmnet --text langwage --text rechtschreibnug --text conocimineto)
 printf '\033[1m[demo]\033[0m %s\n' "${ask[*]#.venv/bin/}"
 "${ask[@]}"

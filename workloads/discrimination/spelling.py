@@ -127,5 +127,5 @@ def spelling(job: SpellingJob, run: Run) -> None:
         prior = ClassPrior(column="frequency", weight=weight, candidates=min(CANDIDATES, job.words.count))
         run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train, prior=prior)
         run.report.notes.append(
-            f'Predict with it: labelmill models predict {job.register_as}@candidate --text "wrod" --text "pronounciaton"'
+            f'Predict with it: labelmill models predict {job.register_as}@candidate --text "langwage" --text "pronounciaton"'
         )

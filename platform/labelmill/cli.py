@@ -199,13 +199,13 @@ def main() -> None:
     set_environment()
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, SystemExit, typer.Abort) as stop:
+        # Ray turns SIGTERM into SystemExit
         Console(stderr=True).print("stopped; run the same command again to continue", highlight=False)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, SystemExit) else 130)
     except Exception as error:
         # click's own usage errors know how to show themselves
         if hasattr(error, "exit_code") and hasattr(error, "show"):
@@ -218,6 +218,7 @@ def main() -> None:
             f"[bold red]failed:[/] {escape(f'{name}: {first}')}\nThe traceback is in {place}", highlight=False
         )
         sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _write_traceback() -> str:

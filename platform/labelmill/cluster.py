@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
+
+_LONGEST_TEMP = 30
 
 # Read when ray is imported; inherited by every Ray process.
 _ENVIRONMENT = {
@@ -76,6 +79,8 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
         log_to_driver=log_to_driver,
         logging_level=logging.ERROR,
         object_store_memory=store,
+        # Ray puts sockets below it, and a socket's path may have 107 bytes
+        _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
     )
 
 

@@ -115,6 +115,10 @@ class Run:
             read_cpus=cluster.read_cpus,
         )
         folder.mkdir(parents=True, exist_ok=True)
+        # what a killed driver hadn't sent yet; MLflow drops the points that it has
+        for record in Fitted(folder).history:
+            values = {name: value for name, value in record.items() if name not in ("step", "time")}
+            self._track(int(record["step"]), record["time"], values)
         seconds = fit(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
         return Fitted(folder, seconds)
 

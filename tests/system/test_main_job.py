@@ -59,7 +59,7 @@ def test_it_learns_and_reports(finished: dict[str, Any]) -> None:
     assert set(report.figures) == {"loss", "step_time", "test_by_group"}
     assert {"test", "stages", "fit"} <= set(report.tables)
     systems = {row[0] for row in report.tables["test"].rows}
-    assert systems == {"labelmill", "n-gram nearest", "edit rule"}
+    assert systems == {"labelmill", "without frequency", "n-gram nearest", "edit rule"}
     assert "samples/s" in text, "progress is shown as plain lines when there is no terminal"
     assert "models predict tiny-words@candidate" in text
 
@@ -80,9 +80,9 @@ def test_the_mlflow_run_holds_everything(finished: dict[str, Any], tmp_path: Pat
         names = {artifact.path for artifact in client.list_artifacts(state["mlflow_run"])}
         assert {"job.yaml", "data", "report"} <= names
         inputs = found.inputs.dataset_inputs
-        assert len(inputs) == 2
+        assert len(inputs) == 3
         digests = {tag.value for item in inputs for tag in item.tags if tag.key == "manifest_sha256"}
-        assert digests == {finished["report"].meta["data_train"], finished["report"].meta["data_test"]}
+        assert digests == {finished["report"].meta[f"data_{split}"] for split in ("train", "dev", "test")}
     again = read_report(TrackingConfig(), finished["output"], state["mlflow_run"], folder=tmp_path)
     assert again.metrics == pytest.approx(finished["report"].metrics)
     assert again.tables.keys() == finished["report"].tables.keys()

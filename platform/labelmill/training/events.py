@@ -70,6 +70,7 @@ class HistorySink:
         event = {"time": time.time(), **event}
         if event["kind"] == "metrics":
             record = {"step": event["step"], "time": event["time"], **event["values"]}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(record) + "\n")
         self._sink.post(**event)

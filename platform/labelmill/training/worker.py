@@ -226,4 +226,9 @@ def _write_predictions(folder: Path, columns: dict[str, list], rank: int) -> Non
     part = folder / f".part-{rank}"
     pq.write_table(pa.table(arrays), part)
     part.rename(folder / f"part-{rank:05d}.parquet")
+    if rank == 0:
+        # an interrupted run with more workers may have left more files
+        for old in folder.glob("part-*.parquet"):
+            if int(old.stem.removeprefix("part-")) >= dist.get_world_size():
+                old.unlink()
     dist.barrier()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from labelmill.data.manifest import FieldSpec, LabelSpec, Manifest, ShardInfo, load_manifest, save_manifest
 from labelmill.data.plan import Plan, Window
-from labelmill.data.source import StreamSpec
+from labelmill.data.spec import StreamSpec
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda c: sum(c) > 0)
 PLANS = st.builds(Plan, COUNTS, st.integers(0, 5), st.integers(1, 5), st.booleans())

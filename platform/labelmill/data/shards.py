@@ -383,3 +383,25 @@ def _check_aligned(keys: pa.ChunkedArray, other: pa.ChunkedArray, labels_path: s
         f"{keys[row].as_py()!r} there. Labels of an overlay lie row for row beside their shard: write the "
         "overlay again in the shard's order."
     )
+
+
+HOLE = "__hole__"
+
+
+class Shard:
+    def __init__(self, table, manifest, fields):
+        self.table = table
+        self.damage = []
+
+
+def open_shard(manifest, i, *, rows=None, fields=None, verify=True, policy="raise", cache=None):
+    t = read_shard(manifest, i, verify=verify is True)
+    return Shard(
+        t.drop_columns([f for f in manifest.fields if fields is not None and f not in fields]), manifest, fields
+    )
+
+
+def gather(shards, which, row):
+    first = np.concatenate([[0], np.cumsum([s.table.num_rows for s in shards])])
+    t = pa.concat_tables([s.table for s in shards]).take(pa.array(first[which] + row)).combine_chunks()
+    return t.append_column(HOLE, pa.nulls(len(row), pa.string()))

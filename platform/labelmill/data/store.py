@@ -180,3 +180,7 @@ def delete(path: str | os.PathLike[str]) -> None:
         return
     with _named(os.fspath(path), "deleted"):
         Path(normal(path)).unlink(missing_ok=True)
+
+
+def retries() -> dict[str, int]:
+    return {}

@@ -186,13 +186,14 @@ def repeat_factors(
 
     Args as in `balance`. Raises DataError when the labels don't say which classes apply.
     """
+    num_classes = _num_classes(manifest)
     parts = [_classes(table, manifest) for table in _read(manifest, tables)]
     part_N = _part(manifest, within)
     ids_L = np.concatenate([ids.astype(np.uint32) for ids, _ in parts])
     rows_L = np.repeat(np.arange(len(part_N)), np.concatenate([lengths for _, lengths in parts]))
     inside = part_N[rows_L]
     ids_L, rows_L = ids_L[inside], rows_L[inside]
-    count_C = np.bincount(ids_L, minlength=_num_classes(manifest))
+    count_C = np.bincount(ids_L, minlength=num_classes)
     samples = int(np.count_nonzero(part_N))
     rarest_N = np.full(len(part_N), samples)
     np.minimum.at(rarest_N, rows_L, count_C[ids_L])

@@ -7,6 +7,8 @@ Shape legend: B samples, H height, W width, C channels.
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,6 +26,7 @@ Bad = list[tuple[str, str]]
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_SPACES = {1: "GRAY", 3: "RGB"}
+_MOST_PLAIN = 1 << 24  # pixels; larger ones are Pillow's business, bombs among them
 
 
 def decode_images(
@@ -93,7 +96,7 @@ def decode_views(
                 f"images differ in size: sample {keys[i]!r} is {_show(image.shape)}, {first!r} is "
                 f"{_show(out.shape[1:])}. Give a size that every image is resized to (image_size)."
             )
-        if image.base is not out and not np.may_share_memory(image, out):
+        if image.base is None or not np.may_share_memory(image, out):
             out[i] = image
         valid_B[i] = True
     if out is None:
@@ -122,10 +125,12 @@ def decode_image(
     """
     if not raw:
         raise ValueError("no content")
-    if bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
+    if raw[0] == 0xFF and bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
         image = _decode_jpeg(raw, size, channels, row)
         if image is not None:
             return image if size is None or image.shape[:2] == size else _resize(image, size)
+    if raw[0] == 0x89 and channels in _PIL_MODES and (plain := _decode_plain_png(raw, size, channels)) is not None:
+        return plain
     try:
         with Image.open(io.BytesIO(raw)) as picture:
             picture.load()
@@ -158,6 +163,46 @@ def _decode_jpeg(
         return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], **options)
     except ValueError as error:
         raise ValueError(f"JPEG: {error}") from None
+
+
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_COLOURS = {1: 0, 3: 2, 4: 6}
+
+
+def _decode_plain_png(raw: bytes | memoryview, size: tuple[int, int] | None, channels: int) -> np.ndarray | None:
+    """A PNG of 8 bits with just the channels and the size wanted, in half the time of opening it; None leaves it to Pillow.
+
+    The pixels still go through Pillow's decoder; chunk checksums are compared as Pillow does.
+    """
+    raw = bytes(raw)
+    if len(raw) < 45 or not raw.startswith(_PNG_HEAD):
+        return None
+    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", raw, 16)
+    if depth != 8 or colour != _PNG_COLOURS[channels] or interlace or not 0 < width * height <= _MOST_PLAIN:
+        return None
+    if size is not None and (height, width) != size:
+        return None
+    if zlib.crc32(raw[12:29]) != int.from_bytes(raw[29:33], "big"):
+        return None
+    at, content = 33, []
+    while at + 12 <= len(raw):
+        length, kind = int.from_bytes(raw[at : at + 4], "big"), raw[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(raw) or kind == b"tRNS":
+            return None
+        if kind == b"IDAT":
+            if zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+                return None
+            content.append(raw[at + 8 : end - 4])
+        elif kind == b"IEND":
+            break
+        at = end
+    mode = _PIL_MODES[channels]
+    try:
+        picture = Image.frombytes(mode, (width, height), b"".join(content), "zip", mode, 0)
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, channels)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -85,11 +85,16 @@ def _named(path: str, doing: str) -> Iterator[None]:
         raise DataError(f"{path}: can't be {doing}: {error}") from error
 
 
-def read_bytes(path: str | os.PathLike[str]) -> pa.Buffer:
-    """The whole file as one buffer, in one read. Raises DataError when it's missing or unreadable."""
+def read_bytes(path: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> pa.Buffer:
+    """The file, or `length` bytes of it from `offset` on, as one buffer in one read; less where the file ends.
+
+    Raises DataError when it's missing or unreadable.
+    """
     system, inner = _resolve(path)
     with _named(os.fspath(path), "read"), system.open_input_file(inner) as file:
-        return file.read_buffer()
+        if offset:
+            file.seek(offset)
+        return file.read_buffer(length)
 
 
 def read_head(path: str | os.PathLike[str], count: int) -> bytes:

@@ -1,10 +1,11 @@
-"""Values that are small files of their own: safetensors (a dict of tensors) and Arrow tables. No pickles.
+"""Values that are small files of their own: NPY, safetensors (a dict of tensors) and Arrow tables. No pickles.
 
 Decoding raises ValueError with a reason that fits behind "sample 'k': ".
 """
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import pairwise
 from typing import Any
@@ -89,6 +90,14 @@ def _tensor(name: str, entry: Any, body: memoryview) -> tuple[np.ndarray, tuple[
         return array.reshape(shape), (start, stop)
     except (ValueError, OverflowError):  # an empty tensor may have any other dimensions
         raise ValueError(f"safetensors: tensor {name!r} has the impossible shape {shape}") from None
+
+
+def decode_npy(raw: bytes | memoryview | pa.Buffer) -> np.ndarray:
+    """The array of an NPY file, without pickles. Raises ValueError when it isn't one."""
+    try:
+        return np.load(io.BytesIO(raw), allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python text: damage raises whatever a parser can
+        raise ValueError(f"not readable as NPY: {error}") from None
 
 
 def decode_arrow(raw: bytes | memoryview | pa.Buffer) -> pa.Table:

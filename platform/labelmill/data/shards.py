@@ -349,7 +349,7 @@ def _from_index(
     for entry, part in zip(needed.tolist(), part_of.tolist(), strict=True):
         stop = int(index.places.stop[entry]) - int(starts[part])
         if stop > len(views[part]):
-            wrong[entry] = f"cut: its last {stop - len(views[part])} bytes are missing"
+            wrong[entry] = "the shard is cut before its end"
         elif request.verify and not index.intact(views[part], int(starts[part]), entry):
             wrong[entry] = "its bytes changed since they were written (crc32 differs)"
     if wrong and request.policy != "sample":

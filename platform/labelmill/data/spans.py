@@ -5,7 +5,6 @@ Shape legend: N values.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from labelmill.data.manifest import FieldSpec
+from labelmill.data.records import decode_npy
 from labelmill.errors import DataError
 
 MAX_BINARY = 2**31 - 1
@@ -186,9 +186,9 @@ def _npy_bodies(spans: Spans, spec: FieldSpec, good: np.ndarray, fail: Fail) -> 
     bodies: list[bytes] = []
     for row in odd.tolist():
         try:
-            array = np.load(io.BytesIO(spans.value(row)), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            fail(row, f"its array isn't readable as NPY: {error}")
+            array = decode_npy(spans.value(row))
+        except ValueError as error:
+            fail(row, f"its array is {error}")
             continue
         if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
             found = f"{array.dtype}{list(array.shape)}"
@@ -202,8 +202,8 @@ def _npy_bodies(spans: Spans, spec: FieldSpec, good: np.ndarray, fail: Fail) -> 
 def _plain_header(raw: bytes, spec: FieldSpec, size: int) -> bytes | None:
     """The NPY header of a value that holds `size` bytes in C order behind it; None for anything else."""
     try:
-        array = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        array = decode_npy(raw)
+    except ValueError:
         return None
     fits = array.shape == spec.shape and array.dtype == np.dtype(spec.dtype) and array.flags.c_contiguous
     header = raw[: len(raw) - size]

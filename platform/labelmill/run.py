@@ -247,8 +247,8 @@ def _register(
         bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
         classes = data.load_classes() if bare is None else bare
     kind = data.fields[encoder.field].kind
-    if kind == "bytes":
-        raise UserError(f"field {encoder.field!r} is bytes: a registered model takes text, images or arrays.")
+    if kind == "bytes" or kind == "safetensors" or kind == "arrow":  # written so for mypy
+        raise UserError(f"field {encoder.field!r} is {kind}: a registered model takes text, images or arrays.")
     write_model(
         package,
         encoder=build_encoder(encoder),

@@ -450,7 +450,8 @@ def test_webdataset_in_place(tmp_path):
     assert manifest.load_classes().column("count").to_pylist() == [1] * 6
     assert all(s.path.startswith(str(tmp_path)) for s in manifest.shards)
     assert [p.stat().st_mtime_ns for p in (tmp_path / "tars").iterdir()] == before
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["classes.arrow", "manifest.json"]
+    made = ["a-00.index.arrow", "a-01.index.arrow", "classes.arrow", "manifest.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == made
     with pytest.raises(DataError, match="there already"):
         import_webdataset(tmp_path / "tars", tmp_path / "out")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,10 +108,10 @@ def test_holes_keep_their_places(
     shutil.copytree(whole.root, root)
     damaged = whole.at(root)
     for i in bad:
-        content = bytearray(open(damaged.shard_path(i), "rb").read())
+        content = bytearray(Path(damaged.shard_path(i)).read_bytes())
         at = data.draw(st.integers(0, len(content) - 1025))
         content[at] ^= 0xFF
-        open(damaged.shard_path(i), "wb").write(bytes(content))
+        Path(damaged.shard_path(i)).write_bytes(content)
     policy = data.draw(st.sampled_from(["shard", "sample"]))
     reading = Reading(on_damage=policy, verify=True)
     sound = StreamSpec(whole, "text", 12, seed=1, window=window, stop=100)
@@ -123,7 +124,7 @@ def test_holes_keep_their_places(
     hole_shards = {int(key[-4:]) // 7 for key, weight in zip(keys, weights, strict=True) if weight == 0}
     assert hole_shards <= bad
     assert found == run(spec, 1)
-    with pytest.raises(DataError, match="damage|sha256|changed|header|end|sample"):
+    with pytest.raises(DataError, match=r"damage|sha256|changed|header|end|sample"):
         run(replace(spec, reading=Reading(verify=True)), 1)
 
 
@@ -149,7 +150,7 @@ def test_a_mix_is_exactly_proportioned_and_resumes(
 def test_a_mix_of_other_labels_is_refused(texts: Callable[[int, int], Any]) -> None:
     data = texts(25, 7)
     other = data.model_copy(update={"label": data.label.model_copy(update={"num_classes": 9})})
-    with pytest.raises(DataError, match="single of 9 classes.*single of 5 classes"):
+    with pytest.raises(DataError, match=r"single of 9 classes.*single of 5 classes"):
         MixedSpec((StreamSpec(data, "text", 4), StreamSpec(other, "text", 4)), Mix([1, 1]), 4)
 
 

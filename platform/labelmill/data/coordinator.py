@@ -48,11 +48,10 @@ class Feed:
         budget = spec.reading.prefetch_mb * 2**20 / 2
         self._room = max(1, int(budget / spec.sample_bytes))  # samples
         ahead = max(1, int(self._room / spec.reading.readers / spec.block_rows))
+        remote: Any = ray.remote
         options = {"num_cpus": read_cpus, "max_retries": 5, "scheduling_strategy": "SPREAD"}
-        self._read = ray.remote(num_returns="streaming", _generator_backpressure_num_objects=ahead, **options)(
-            _read_task
-        )
-        self._decode = ray.remote(**options)(decode_block) if spec.decodes_in_task else None
+        self._read = remote(num_returns="streaming", _generator_backpressure_num_objects=ahead, **options)(_read_task)
+        self._decode = remote(**options)(decode_block) if spec.decodes_in_task else None
         self._changed = threading.Condition()
         self._run = 0  # counts launches; a thread of an older one ends
         self._live: collections.deque[tuple[WindowRead, Any]] = collections.deque()

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +167,7 @@ class RankStream:
         self._preparing = threading.Lock()
         self._memory = Memory()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         # a slot for each batch that is under way or waits
         ready: queue.Queue[Future[Batch] | None] = queue.Queue(maxsize=self._ahead)
         stop = threading.Event()

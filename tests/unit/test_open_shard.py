@@ -6,6 +6,7 @@ import os
 import pickle
 import tarfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def case(request, tmp_path_factory):
 def members_of(data: bytes) -> list[bytes]:
     index = parse_tar(memoryview(data))
     edges = [*index.starts, index.end]
-    return [data[a:z] for a, z in zip(edges[:-1], edges[1:], strict=True)]
+    return [data[a:z] for a, z in pairwise(edges)]
 
 
 KINDS = ["flip", "header", "cut", "drop", "repeat", "zeros", "noise", "append", "nothing"]
@@ -233,7 +234,7 @@ def test_a_label_that_is_none_is_one_hole(tmp_path, content):
     data = b"".join(tar_header(n, len(c)) + c + padding(len(c)) for n, c in pieces) + END
     manifest = foreign(tmp_path, data, 3, {"text": FIELDS["text"]})
     assert list(only_holes(manifest, data)) == [1]
-    with pytest.raises(ShardDamage, match="'s1': its label .* isn't an integer"):
+    with pytest.raises(ShardDamage, match=r"'s1': its label .* isn't an integer"):
         open_shard(manifest, 0)
 
 

@@ -143,13 +143,23 @@ def test_faults_of_storage_change_no_batch(bucket: StreamSpec, ray_storage: Faul
     ray_storage.calm()
     ray_storage.rules = [Rule(fault, key="*.tar", first=1, times=1)]
     source = Streams(0, 1).open(bucket)
-    if fault == "flip":  # bytes that arrive wrong are no transport error: the content hash stops the run
-        with pytest.raises(Exception, match="sha256") as caught:
-            [source.pieces(step) for step in range(bucket.steps)]
-        assert "s3://data/set/" in str(user_error_in(caught.value))
-    else:
-        assert [taken(source.pieces(step)) for step in range(bucket.steps)] == whole
-        assert any(request.fault == fault for request in ray_storage.log)
+    assert [taken(source.pieces(step)) for step in range(bucket.steps)] == whole
+    assert any(request.fault == fault for request in ray_storage.log)
+    source.close()
+
+
+@pytest.mark.parametrize("fault", ["500", "flip", "truncated"])
+def test_lasting_faults_stop_the_stream_with_the_shard(
+    bucket: StreamSpec, ray_storage: FaultServer, fault: str
+) -> None:
+    shard = bucket.manifest.shard_path(3)
+    ray_storage.rules = [Rule(fault, key=shard.removeprefix("s3://"), times=None)]
+    source = Streams(0, 1).open(bucket)
+    with pytest.raises(Exception, match=r".") as caught:
+        [source.pieces(step) for step in range(bucket.steps)]
+    error = user_error_in(caught.value)
+    assert isinstance(error, DataError)
+    assert shard in str(error)
     source.close()
 
 

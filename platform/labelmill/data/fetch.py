@@ -14,6 +14,7 @@ import pyarrow as pa
 from labelmill.data import store
 from labelmill.data.damage import ShardDamage
 from labelmill.data.manifest import Manifest
+from labelmill.data.s3 import count_retry
 from labelmill.errors import DataError
 
 Verify = bool | Literal["first"]
@@ -70,6 +71,12 @@ def fetch_whole(manifest: Manifest, i: int, verify: Verify, cache: ShardCache | 
     if vouched or (verify == "first" and identity is not None and _SEEN.get(path) == (identity, info.sha256)):
         return Content(data, True, None)
     digest = hashlib.sha256(data).hexdigest()
+    if remote and digest != info.sha256:
+        # bytes can arrive wrong; what lies in the store wrong is wrong again
+        again = _read(path)
+        if again.size == info.bytes and hashlib.sha256(again).hexdigest() == info.sha256:
+            count_retry("content arrived damaged")
+            data, digest = again, info.sha256
     if identity is not None and digest == info.sha256:
         _SEEN[path] = (identity, digest)
     return Content(data, digest == info.sha256, digest)
@@ -86,9 +93,13 @@ def fetch_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[pa.Buffer
 def _read(path: str, start: int = 0, stop: int | None = None) -> pa.Buffer:
     try:
         return store.read_bytes(path, start, None if stop is None else stop - start)
-    except DataError:
+    except DataError as error:
         # what is certain about the file decides whether this is damage or a failure on the way
-        if not store.exists(path):
+        try:
+            there = store.exists(path)
+        except DataError:
+            raise error from None
+        if not there:
             raise ShardDamage.of(path, "no such file (moved or deleted?)") from None
         if stop is not None and (size := store.size(path)) < stop:
             return store.read_bytes(path, start, size - start) if size > start else pa.py_buffer(b"")

@@ -1,3 +1,0 @@
-class ShardCache:
-    def __init__(self, folder: str, limit: int) -> None:
-        raise NotImplementedError

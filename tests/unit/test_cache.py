@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -222,7 +223,7 @@ def test_a_disk_that_others_fill(remote: FaultServer, small_disk: Path) -> None:
     assert "uncached" not in counts()
     for path in (small_disk / "cache" / "entries").iterdir():
         path.unlink()
-    with open(small_disk / "theirs", "ab") as file, pytest.raises(OSError, match="No space"):
+    with open(small_disk / "theirs", "ab") as file, contextlib.suppress(OSError):  # until there is no space left
         while True:
             file.write(b"x" * 4096)
             file.flush()
@@ -236,7 +237,9 @@ def test_a_disk_that_others_fill(remote: FaultServer, small_disk: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("where", ["posix_fallocate", "pwrite", "replace", "makedirs"])
-def test_what_the_disk_refuses(code: int, where: str, remote: FaultServer, cache: ShardCache, monkeypatch, caplog) -> None:
+def test_what_the_disk_refuses(
+    code: int, where: str, remote: FaultServer, cache: ShardCache, monkeypatch, caplog
+) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise OSError(code, os.strerror(code))
 

@@ -30,7 +30,7 @@ requires = ["setuptools"]
 build-backend = "setuptools.build_meta"
 [project]
 name = "torchvision"
-version = "0.99.0+stub"
+version = "0.28.0+stub"
 [tool.setuptools]
 packages = ["torchvision", "torchvision.datasets", "torchvision.transforms"]
 TOML

@@ -65,17 +65,18 @@ def run(name: str, loader: str, options: Options, memory: bool = False) -> list[
         assert child.stdout is not None
         tree = Tree(child.pid, memory, period=0.1 if memory else 0.25)
         records, noise = [], []
-        before = (0.0, 0.0)
+        before, busy = (0.0, 0.0), 0.0
         for line in child.stdout:
             if not line.startswith('{"event"'):
                 noise.append(line)
                 continue
             event = json.loads(line)
             if event["event"] == "begin":
-                before = tree.cpu()
+                before, busy = tree.cpu(), tree.machine()
             else:
-                after = tree.cpu()
-                records.append(_record(event, after[0] - before[0], after[1] - before[1]))
+                after, all_busy = tree.cpu(), tree.machine()
+                own, daemons = after[0] - before[0], after[1] - before[1]
+                records.append(_record(event, own, daemons, all_busy - busy))
             if memory:
                 tree.look()
             child.stdin.write("\n")
@@ -94,7 +95,7 @@ def run(name: str, loader: str, options: Options, memory: bool = False) -> list[
     return records
 
 
-def _record(event: dict[str, Any], cpu: float, daemons: float) -> dict[str, Any]:
+def _record(event: dict[str, Any], cpu: float, daemons: float, machine: float) -> dict[str, Any]:
     samples = event["samples"]
     rest_s, rest = event["wall_s"] - event["first_s"], samples - event["first"]
     return {
@@ -105,6 +106,7 @@ def _record(event: dict[str, Any], cpu: float, daemons: float) -> dict[str, Any]
         "steady": rest / rest_s if rest_s > 0 else 0.0,
         "cpu_per_1k": 1000 * cpu / samples,
         "daemon_cpu_per_1k": 1000 * daemons / samples,
+        "others": max(0.0, machine - cpu - daemons) / (event["wall_s"] * (os.cpu_count() or 1)),
     }
 
 

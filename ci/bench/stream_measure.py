@@ -104,6 +104,11 @@ class Tree:
             own = sum(cpu for key, cpu in self._cpu.items() if not self._daemon.get(key))
             return own, sum(cpu for key, cpu in self._cpu.items() if self._daemon.get(key))
 
+    def machine(self) -> float:
+        """CPU seconds that all processes of the machine have used, and those a host took away."""
+        words = _read("/proc/stat").splitlines()[0].split()[1:9]
+        return sum(int(word) for i, word in enumerate(words) if i not in (3, 4)) / _TICK  # not idle, not waiting
+
     def look(self) -> Memory:
         """Memory now; keeps the peak."""
         now = Memory()

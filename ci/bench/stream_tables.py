@@ -10,6 +10,7 @@ from typing import Any
 from stream_loaders import RIVALS
 
 OURS = "labelmill"
+DISTURBED = 0.1
 
 
 def middle(values: list[float]) -> float:
@@ -55,6 +56,13 @@ def table(result: dict[str, Any]) -> str:
         rates, cpu = ([one[key] for one in result["limit"]] for key in ("rate", "cpu_per_1k"))
         ways = f"{result['limit'][0]['cores']} {result['limit'][0]['best']}"
         rows.append(f"| *decode alone, {ways}* | {spread(rates)} | | | {spread(cpu, '.3f')} | | | |")
+    passes = [record for rounds in result["runs"].values() for records in rounds for record in records]
+    disturbed = [record["others"] for record in passes if record.get("others", 0.0) > DISTURBED]
+    if disturbed:
+        rows.append(
+            f"\nIn {len(disturbed)} of {len(passes)} passes other processes took more than {DISTURBED:.0%} of the machine "
+            f"(up to {max(disturbed):.0%}): run it again on an idle machine. With S3, the server is one of them."
+        )
     return "\n".join([head, *rows])
 
 

@@ -12,19 +12,36 @@ for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
     os.environ.pop(_name, None)
 
 from labelmill.cluster import set_environment  # noqa: E402
+from tests.faults import FaultServer  # noqa: E402
 
 set_environment()
 
 
+def s3_environment(server: FaultServer) -> dict[str, str]:
+    """What points a process at that server."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return {"AWS_ENDPOINT_URL": server.url, "AWS_REGION": "us-east-1", **dict.fromkeys(names, "any")}
+
+
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_storage() -> Iterator[FaultServer]:
+    """The S3 server that Ray workers of the shared session know by their environment (`s3_environment`)."""
+    with FaultServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_storage: FaultServer) -> Iterator[None]:
     """A local Ray cluster, started once: starting one costs seconds."""
     import ray
 
     from labelmill.cluster import start
     from labelmill.job import ClusterConfig
 
-    start(ClusterConfig(object_store_mb=300))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(ray_storage).items():
+            patch.setenv(name, value)
+        start(ClusterConfig(object_store_mb=300))
     yield
     ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""`labelmill data ...`: import, inspect, verify and time data sets."""
+"""`labelmill data ...`: import, inspect, verify, index and time data sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from labelmill.errors import UserError
 
-data_app = typer.Typer(help="Data sets: import, inspect, verify.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: import, inspect, verify, index, time.", no_args_is_help=True)
 import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
 data_app.add_typer(import_app, name="import")
 
@@ -203,6 +203,19 @@ def verify(data: Annotated[str, typer.Argument(help="folder of a data set")]) ->
         console.print(line, highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(2)
+
+
+@data_app.command()
+def index(data: Annotated[str, typer.Argument(help="folder of a data set")]) -> None:
+    """Write the index that each shard lacks: where its samples lie, and a checksum of each."""
+    from labelmill.data.index import add_indexes
+    from labelmill.data.manifest import load_manifest
+
+    manifest = load_manifest(data)
+    lacking = sum(shard.index is None for shard in manifest.shards)
+    made = add_indexes(manifest)
+    text = f"{len(made.shards):,} shard(s) have an index; {lacking:,} had none -> {made.root}"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 @data_app.command()

@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from labelmill import __version__
 from labelmill.data.manifest import Manifest
-from labelmill.data.source import StreamSpec
+from labelmill.data.spec import AnySpec
 from labelmill.errors import UserError
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
@@ -90,9 +91,9 @@ class Run:
         self,
         folder: Path,
         objective: Callable[[], Any],
-        train: StreamSpec | None,
+        train: AnySpec | None,
         config: TrainConfig,
-        predict: Mapping[str, StreamSpec] | None = None,
+        predict: Mapping[str, AnySpec] | None = None,
         augment: bool = False,
         seed: int | None = None,
     ) -> Fitted:
@@ -179,15 +180,32 @@ class Run:
                 with open(folder / "bad_samples.jsonl", "a", encoding="utf-8") as out:
                     out.writelines(json.dumps(item) + "\n" for item in event["samples"])
                 for key, reason in event["samples"]:
-                    log.warning("data set %s: sample %s can't be decoded: %s", event["data"], key, reason)
+                    log.warning("data set %s: sample %s can't be used: %s", event["data"], key, reason)
+            case "reading":
+                with open(folder / "reading.jsonl", "a", encoding="utf-8") as out:
+                    out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
+                for reason, times in event["retries"].items():
+                    log.warning("data set %s: %d storage request(s) tried again: %s", event["data"], times, reason)
 
     def report_data_health(self, *fits: Fitted) -> None:
-        """Adds every undecodable sample that the fits met to the report, by key."""
+        """Adds to the report what reading met: every hole by key, damaged shards by offset, requests tried again."""
         bad = {key: reason for fitted in fits for key, reason in fitted.bad_samples.items()}
+        records = [record for fitted in fits for record in fitted.reading]
         self.report.metrics["data/bad_samples"] = float(len(bad))
+        self.report.metrics["data/storage_retries"] = float(sum(sum(r["retries"].values()) for r in records))
         if bad:
             rows = [[key, reason] for key, reason in sorted(bad.items())[:200]]
             self.report.add_table("bad samples", ["key", "reason"], rows, f"{len(bad)} samples were left out")
+        damage = sorted({tuple(str(part) for part in place) for r in records for place in r["damage"]})
+        if damage:
+            rows = [list(place) for place in damage[:200]]
+            self.report.add_table("damaged shards", ["shard", "byte", "first sample", "reason"], rows)
+        retried = Counter[str]()
+        for record in records:
+            retried.update(record["retries"])
+        if retried:
+            rows = [[reason, str(times)] for reason, times in sorted(retried.items())]
+            self.report.add_table("storage requests tried again", ["reason", "times"], rows)
 
     def figure(self, name: str) -> Path:
         """Where a figure of the report goes; the file is listed in the report under `name`."""
@@ -229,8 +247,8 @@ def _register(
         bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
         classes = data.load_classes() if bare is None else bare
     kind = data.fields[encoder.field].kind
-    if kind == "bytes":
-        raise UserError(f"field {encoder.field!r} is bytes: a registered model takes text, images or arrays.")
+    if kind == "bytes" or kind == "safetensors" or kind == "arrow":  # written so for mypy
+        raise UserError(f"field {encoder.field!r} is {kind}: a registered model takes text, images or arrays.")
     write_model(
         package,
         encoder=build_encoder(encoder),

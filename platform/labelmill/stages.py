@@ -74,8 +74,14 @@ class Fitted:
         return torch.cat([load_file(folder / entry["file"])["rows"].float() for entry in self.head_shards(head)])
 
     @property
+    def reading(self) -> list[dict[str, Any]]:
+        """What each rank's streams met: samples, bytes, seconds of fetching, requests tried again, damaged places."""
+        path = self.folder / "reading.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    @property
     def bad_samples(self) -> dict[str, str]:
-        """Key -> reason of samples that could not be decoded."""
+        """Key -> reason of samples that became holes."""
         path = self.folder / "bad_samples.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return dict(json.loads(line) for line in lines)

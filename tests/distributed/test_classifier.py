@@ -12,7 +12,7 @@ import torch
 
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, load_manifest
-from labelmill.data.source import StreamSpec
+from labelmill.data.spec import StreamSpec
 from labelmill.data.writer import ShardWriter
 from labelmill.encoders import CharNgramsConfig, build_encoder
 from labelmill.heads.config import HeadConfig

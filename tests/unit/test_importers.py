@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import struct
+import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import fs
 
+from labelmill.data import shards, store
 from labelmill.data.decode import decode_images, encode_png
 from labelmill.data.importers import import_idx, import_image_folder, import_table, read_idx
 from labelmill.data.keys import assign_splits, check_keys, clean_key, keys_of_paths
 from labelmill.data.manifest import Manifest, load_manifest
-from labelmill.data.shards import ShardDamage, label_counts, read_shard
+from labelmill.data.shards import ShardDamage, gather, label_counts, open_shard, read_shard
 from labelmill.data.webdataset import find_tars, import_webdataset
 from labelmill.errors import DataError
 
@@ -450,7 +454,8 @@ def test_webdataset_in_place(tmp_path):
     assert manifest.load_classes().column("count").to_pylist() == [1] * 6
     assert all(s.path.startswith(str(tmp_path)) for s in manifest.shards)
     assert [p.stat().st_mtime_ns for p in (tmp_path / "tars").iterdir()] == before
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["classes.arrow", "manifest.json"]
+    made = ["a-00.index.arrow", "a-01.index.arrow", "classes.arrow", "manifest.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == made
     with pytest.raises(DataError, match="there already"):
         import_webdataset(tmp_path / "tars", tmp_path / "out")
 
@@ -533,3 +538,115 @@ def test_a_tar_that_changes_later_is_seen(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"bbb", b"bbc"))
     with pytest.raises(ShardDamage, match="content changed"):
         read_shard(manifest, 0)
+
+
+# --- tars of other makers ------------------------------------------------------------------------------
+
+LONG = "d" * 90 + "/" + "f" * 60
+
+
+def of_webdataset(folder: Path) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(folder / "x.tar")) as sink:
+        for i in range(6):
+            sink.write({"__key__": f"dir/{i:03d}", "txt": f"t{i}", "cls": i, "png": np.full((4, 4, 3), i, np.uint8)})
+
+
+def of_gnu_tar(folder: Path) -> None:
+    for i in range(6):
+        (folder / "in" / "dir" / LONG).parent.mkdir(parents=True, exist_ok=True)
+        for ext, content in (("txt", f"t{i}"), ("cls", f"{i}\n")):
+            (folder / "in" / "dir" / f"{LONG}{i}.{ext}").write_text(content)
+    call = ["tar", "--sort=name", "--format=gnu", "-cf", str(folder / "x.tar"), "-C", str(folder / "in"), "."]
+    subprocess.run(call, check=True)
+
+
+def of_python(fmt: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        stem = "d" * 90 + "/" + "f" * 60 if fmt == tarfile.USTAR_FORMAT else LONG + "y" * 200 + "\u00fc"
+        with tarfile.open(folder / "x.tar", "w", format=fmt) as out:
+            directory = tarfile.TarInfo("./")
+            directory.type = tarfile.DIRTYPE
+            out.addfile(directory)
+            for i in range(6):
+                for ext, content in (("txt", f"t{i}"), ("cls", f"{i}")):
+                    info = tarfile.TarInfo(f"./{stem}{i}.{ext}" if i % 2 else f"./{i}.{ext}")
+                    info.size = len(content)
+                    info.mtime = 1.5  # type: ignore[assignment]
+                    out.addfile(info, io.BytesIO(content.encode()))
+
+    return write
+
+
+MAKERS = {
+    "webdataset": of_webdataset,
+    "GNU tar": of_gnu_tar,
+    "ustar": of_python(tarfile.USTAR_FORMAT),
+    "gnu": of_python(tarfile.GNU_FORMAT),
+    "pax": of_python(tarfile.PAX_FORMAT),
+}
+
+
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_tars_of_every_maker_are_read_as_webdataset_reads_them(tmp_path, maker, monkeypatch):
+    import webdataset
+
+    MAKERS[maker](tmp_path)
+    manifest = import_webdataset(tmp_path / "x.tar", tmp_path / "out")["all"]
+    read = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    table = read_shard(manifest, 0)
+    assert table.column("key").to_pylist() == [s["__key__"] for s in read]
+    assert table.column("text").to_pylist() == [s["txt"].decode() for s in read]
+    assert table.column("label").to_pylist() == [int(s["cls"]) for s in read] == list(range(6))
+    monkeypatch.setattr(shards, "_GAP_LOCAL", 100)
+    some = np.array([1, 4])
+    found = gather([open_shard(manifest, 0, rows=some)], np.zeros(2, int), some).drop_columns(["__hole__"])
+    assert found.equals(table.take(pa.array(some)))
+
+
+def test_tars_in_a_bucket(tmp_path, monkeypatch):
+    local, resolve = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), store._resolve
+
+    def to_folder(path):
+        text = store.normal(path)
+        return (local, text.removeprefix("s3://")) if text.startswith("s3://") else resolve(text)
+
+    monkeypatch.setattr(store, "_resolve", to_folder)
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "out").mkdir()
+    for t in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(3 * t, 3 * t + 3):
+            members |= sample(i, txt=b"x" * 2000 + str(i).encode(), cls=b"0")
+        tar(tmp_path / "bucket" / f"a-{t}.tar", members)
+    manifest = import_webdataset("s3://bucket/a-{0..1}.tar", "s3://bucket/out")["all"]
+    loaded = load_manifest("s3://bucket/out")
+    assert loaded == manifest
+    assert loaded.index_path(1) == "s3://bucket/out/a-1.index.arrow"
+    monkeypatch.setattr(shards, "_GAP_REMOTE", 100)
+    some = np.array([0, 2])
+    table = gather([open_shard(loaded, 1, rows=some)], np.zeros(2, int), some)
+    assert [t[-1] for t in table.column("text").to_pylist()] == ["3", "5"]
+
+
+def test_labels_of_several_tars_become_one_column(tmp_path):
+    def one(name: str, values: list, **options) -> list:
+        (tmp_path / name).mkdir()
+        for t, value in enumerate(values):
+            content = json.dumps({"tags": value}).encode()
+            tar(tmp_path / name / f"{t}.tar", sample(t, txt=b"a", json=content))
+        manifest = import_webdataset(tmp_path / name, tmp_path / f"{name}-out", label_field="tags", **options)["all"]
+        return [r["label"] for r in rows(manifest).values()]
+
+    assert one("names", [[], ["x", "y"], [], ["z"]]) == [[], [0, 1], [], [2]]
+    assert one("ids", [[], [2], [0, 1]]) == [[], [2], [0, 1]]
+    assert one("reals", [[1], [0.5], [2]]) == [[1.0], [0.5], [2.0]]
+    with pytest.raises(DataError, match="different kinds"):
+        one("mixed", [["x"], [1]])
+
+
+def test_members_of_records_are_fields(tmp_path):
+    path = tar(tmp_path / "x.tar", sample(0, safetensors=b"?", arrow=b"?"))
+    fields = import_webdataset(path, tmp_path / "out")["all"].fields
+    assert {name: spec.kind for name, spec in fields.items()} == {"tensors": "safetensors", "table": "arrow"}

@@ -157,3 +157,29 @@ def test_saving_again_replaces_the_manifest(tmp_path):
     renamed = save_manifest(manifest.model_copy(update={"name": "renamed"}), tmp_path / "a")
     assert load_manifest(tmp_path / "a") == renamed
     assert renamed.name == "renamed"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["shards"][0].update(path="../secret.tar"), r"shards\.0.*leads out"),
+        (lambda m: m["shards"][0].update(path="a/../../b.tar"), r"shards\.0.*leads out"),
+        (lambda m: m["shards"][0].update(path="s3://bucket/../b.tar"), r"shards\.0.*leads out"),
+        (lambda m: m["shards"][0].update(index="../x.arrow"), r"shards\.0.*leads out"),
+        (
+            lambda m: m["shards"][0].update(labels="/etc/passwd", labels_sha256="0" * 64),
+            r"shards\.0.*data set's folder",
+        ),
+        (lambda m: m["shards"][0].update(labels="../a", labels_sha256="0" * 64), r"shards\.0.*data set's folder"),
+        (lambda m: m.update(classes="../classes.arrow"), r"classes.*data set's folder"),
+        (lambda m: m["shards"][0].update(index_sha256=None), r"shards\.0.*index and index_sha256"),
+    ],
+)
+def test_paths_may_not_lead_out_of_the_folder(tmp_path, change, words):
+    write(tmp_path / "a")
+    file = tmp_path / "a" / "manifest.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=words):
+        load_manifest(tmp_path / "a")

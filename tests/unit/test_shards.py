@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import time
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_packed_tars_are_read_by_webdataset_and_the_standard_library(tmp_path):
     assert pa.concat_tables(blocks).equals(read_shard(manifest, 0))
     with tarfile.open(manifest.shard_path(0)) as tar:
         assert len(tar.getmembers()) == 4
+
+
+def test_the_decoder_in_the_readme_unpacks_packed_tars(tmp_path):
+    import webdataset as wds
+
+    readme = Path(__file__).resolve().parents[2] / "platform" / "README.md"
+    [code] = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    space: dict = {}
+    exec(code, space)
+    manifest = write_text(tmp_path / "a", 30, "packed", rows_per_member=8, samples_per_shard=16)
+    urls = [manifest.shard_path(i) for i in range(len(manifest.shards))]
+    samples = list(wds.WebDataset(urls, shardshuffle=False).compose(space["rows"]))
+    assert [{"key": s["__key__"], "text": s["text"], "label": s["label"]} for s in samples] == read_all(
+        manifest
+    ).to_pylist()
 
 
 def test_tars_of_webdataset_are_read(tmp_path):

@@ -9,13 +9,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labelmill.data.plan import Plan, padded_share, share
-from labelmill.data.source import POSITION, StreamSpec
-from labelmill.data.stream import LocalSource, RankStream, RaySource
+from labelmill.data.reading import POSITION
+from labelmill.data.source import LocalSource, Streams
+from labelmill.data.spec import StreamSpec
+from labelmill.data.stream import RankStream
 from labelmill.errors import DataError
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda c: sum(c) > 0)
@@ -148,21 +151,25 @@ def test_the_digest_follows_order_and_data(make_text_data: Callable[..., Any]) -
     assert spec.digest != StreamSpec(make_text_data(20, 4, name="other"), "text", 5).digest
 
 
+def rows(pieces: Any) -> pa.Table:
+    """A rank's rows of a step as one table."""
+    return pa.concat_tables([table for part in pieces for table in part])
+
+
 def test_ray_gives_what_the_local_reader_gives(make_text_data: Callable[..., Any], ray_session: None) -> None:
     data = make_text_data(101, 13)
     spec = StreamSpec(data, "text", 24, seed=5, window=3, start=24, stop=202)
     for world in (1, 2, 3):
-        handle = RaySource.start(spec, world, 0.25, f"stream-test-{world}")
-        ranks = [RaySource(handle, rank) for rank in range(world)]
+        ranks = [Streams(rank, world, 0.25, f"test-{world}").open(spec) for rank in range(world)]
+        here = [LocalSource(spec, rank, world) for rank in range(world)]
         for step in range(spec.steps):
             for rank in range(world):
-                got = ranks[rank].table(step)
-                expected = LocalSource(spec, rank, world).table(step)
-                assert got is not None
-                assert expected is not None
+                got, expected = rows(ranks[rank].pieces(step)), rows(here[rank].pieces(step))
                 for column in ("key", "text", "label", POSITION):
                     assert got.column(column).to_pylist() == expected.column(column).to_pylist()
-        assert all(r.table(spec.steps) is None for r in ranks)
+        assert all(r.pieces(spec.steps) is None for r in ranks)
+        for r in ranks:
+            r.close()
 
 
 def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
@@ -175,10 +182,9 @@ def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
     with open(path, "r+b") as file:
         file.truncate(1024)
     spec = StreamSpec(data, "text", 20)
-    handle = RaySource.start(spec, 1, 0.25, "stream-test-damaged")
-    rank = RaySource(handle, 0)
+    source = Streams().open(spec)
     with pytest.raises(Exception, match=r"texts") as caught:
-        [rank.table(step) for step in range(spec.steps)]
+        [source.pieces(step) for step in range(spec.steps)]
     error = user_error_in(caught.value)
     assert isinstance(error, DataError)
     assert path in str(error)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import tarfile
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labelmill.data.damage import ShardDamage
+from labelmill.data.scan import Places, scan, scan_fast, scan_slow
 from labelmill.data.tar import BLOCK, END, TarDamage, TarIndex, padding, parse_tar, tar_header
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -167,3 +170,77 @@ def test_huge_sizes_get_a_pax_record():
     info = tarfile.TarInfo.frombuf(header[1024:1536], "utf-8", "strict")
     assert b" size=9663676416\n" in header
     assert info.name == "big.bin"
+
+
+# --- the vectorised scan -------------------------------------------------------------------------------
+
+
+def same_places(one: Places, other: Places) -> bool:
+    arrays = [(one.start, other.start), (one.stop, other.stop)]
+    arrays += [pair for ext in one.members for pair in zip(one.members[ext], other.members[ext], strict=True)]
+    return (
+        one.keys.equals(other.keys)
+        and one.members.keys() == other.members.keys()
+        and all(np.array_equal(a, b) for a, b in arrays)
+        and (one.ended, one.end) == (other.ended, other.end)
+    )
+
+
+def check_scan(data: bytes) -> bool:
+    """The vectorised scan either gives up or finds what the walk finds; whether it found something."""
+    fast = scan_fast(memoryview(data))
+    if fast is None:
+        return False
+    assert same_places(fast, scan_slow(memoryview(data), "x.tar"))  # and the walk raises nothing
+    return True
+
+
+parts = st.text(st.sampled_from("ab01.-_/A\u00e9"), min_size=1, max_size=9)
+names = st.one_of(
+    parts,
+    st.builds("{}/{}.{}".format, parts, parts, st.sampled_from(["png", "JPG", "cls", "left.png", "a_long_extension"])),
+    st.builds("{:06d}.{}".format, st.integers(0, 5), st.sampled_from(["png", "cls", "txt", "labels.json"])),
+    st.just("d" * 90 + "/" + "f" * 60 + ".txt"),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(names, st.binary(max_size=1100)), max_size=8), st.sampled_from(list(FORMATS)), st.booleans())
+def test_the_vectorised_scan_is_the_walk(members, fmt, in_order):
+    members = sorted(members) if in_order else members
+    try:
+        data = tar_of(members, FORMATS[fmt])
+    except ValueError:  # ustar can't hold every name
+        return
+    check_scan(data)
+    check_scan(data[: len(data) - 1024])
+    check_scan(b"".join(tar_header(n, len(c)) + c + padding(len(c)) for n, c in members) + END)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255), st.integers(0, len(DATA)), st.booleans())
+def test_the_vectorised_scan_of_damage_is_the_walk(at, flip, cut, header):
+    at = at // 512 * 512 + at % 160 if header else at
+    check_scan(DATA[:at] + bytes([DATA[at] ^ flip]) + DATA[at + 1 :])
+    check_scan(DATA[:cut])
+    check_scan(DATA[: cut // 512 * 512])
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_usual_tars_take_the_vectorised_way(fmt):
+    assert check_scan(tar_of(MEMBERS, FORMATS[fmt]))
+    assert check_scan(tar_of([("./dir.d/" + n, c) for n, c in MEMBERS], FORMATS[fmt]))
+    assert check_scan(tar_of(MEMBERS, FORMATS[fmt])[: -10 * 1024])  # no end marker
+    assert check_scan(b"".join(tar_header(n, len(c)) + c + padding(len(c)) for n, c in MEMBERS) + END)
+    nested = tar_of([("0.tar", tar_of(MEMBERS)), ("0.cls", b"1")], FORMATS[fmt])
+    assert not check_scan(nested)  # headers inside of a member: left to the walk
+    assert len(scan(memoryview(nested), "x.tar")) == 1
+
+
+def test_names_that_are_no_text_are_refused():
+    data = bytearray(tar_of([("a.txt", b"1")], tarfile.USTAR_FORMAT))
+    data[0] = 0xFF
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    with pytest.raises(ShardDamage, match="isn't UTF-8"):
+        scan(memoryview(data), "x.tar")

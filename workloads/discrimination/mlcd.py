@@ -139,7 +139,9 @@ def fit_student(
 ) -> dict[str, Any]:
     """Stage: trains the encoder to tell the clusters apart."""
     assert train.label.num_classes is not None
-    spec = data.stream(train, encoder.field, config.global_batch, seed=seed, **image_options(encoder))
+    spec = data.training_stream(
+        train, run.folder / "data", encoder.field, config.global_batch, seed=seed, **image_options(encoder)
+    )
     objective = partial(Classifier, encoder, head, train.label.num_classes, seed)
     return {"seconds": run.fit(folder, objective, spec, config, augment=True).seconds}
 
@@ -198,7 +200,7 @@ def mlcd(job: MlcdJob, run: Run) -> None:
         run.stage,
         encoder=job.encoder,
         config=job.train,
-        data=StreamConfig(**job.data.model_dump(exclude={"train", "test"})),
+        data=job.data.reading_only,
         seed=job.seed,
     )
     fits = {

@@ -178,7 +178,7 @@ def fit_classifier(
     fitted = run.fit(
         folder,
         partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align, k),
-        data.stream(train, global_batch=config.global_batch, **options),
+        data.training_stream(train, run.folder / "data", global_batch=config.global_batch, **options),
         config,
         predict={
             name: data.stream(manifest, global_batch=eval_batch, shuffle=False, **options)
@@ -213,7 +213,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         encoder=job.encoder,
         head=job.head,
         config=job.train,
-        data=StreamConfig(**job.data.model_dump(exclude={"train", "test"})),
+        data=job.data.reading_only,
         seed=job.seed,
         imprint=job.imprint,
         align=job.align,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ import pyarrow.compute as pc
 
 from labelmill.data.labels import Form, LabelSpec, check_labels
 from labelmill.errors import DataError, did_you_mean
+
+Keys: TypeAlias = Sequence[str] | pa.ChunkedArray
+"""Sample keys, to name what is wrong."""
 
 _INTEGER = r"^(0|[1-9][0-9]{0,17})$"
 
@@ -73,7 +76,7 @@ class _Ragged:
         return int(np.searchsorted(np.cumsum(self.lengths), n, side="right"))
 
 
-def read_labels_of(table: pa.Table, source: LabelSource, where: str, keys: Sequence[str] = ()) -> ImportedLabels:
+def read_labels_of(table: pa.Table, source: LabelSource, where: str, keys: Keys = ()) -> ImportedLabels:
     """The label columns of `table` by `source`, checked.
 
     Raises DataError naming file and row (counted from 1) for a missing column, an unreadable or wrong label,
@@ -140,8 +143,9 @@ def _check_source(table: pa.Table, source: LabelSource, where: str) -> None:
         raise DataError(f"{where}: class_names holds a name twice.")
 
 
-def _check(columns: dict[str, pa.Array], spec: LabelSpec, where: str, keys: Sequence[str]) -> None:
-    table = pa.table({"key": pa.array(keys, pa.string()), **columns} if len(keys) else columns)
+def _check(columns: dict[str, pa.Array], spec: LabelSpec, where: str, keys: Keys) -> None:
+    named = keys if isinstance(keys, pa.ChunkedArray) else pa.array(keys, pa.string())
+    table = pa.table({"key": named, **columns} if len(keys) else columns)
     check_labels(table, spec, where, first_row=1)
 
 
@@ -252,7 +256,7 @@ def _soft_objects(column: pa.Array, where: str, name: str) -> tuple[_Ragged, pa.
     return _Ragged(pa.array(tokens, pa.string()), lengths), _list_array(pa.array(weights, pa.float32()), lengths)
 
 
-def _continuous(table: pa.Table, source: LabelSource, where: str, keys: Sequence[str]) -> ImportedLabels:
+def _continuous(table: pa.Table, source: LabelSource, where: str, keys: Keys) -> ImportedLabels:
     columns = [_numbers(_plain(table, n), source.separator, where, n) for n in source.columns]
     label = columns[0]
     if len(columns) > 1:

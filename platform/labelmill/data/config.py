@@ -2,22 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from dataclasses import replace
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from labelmill.data import store
+from labelmill.data.cache import ShardCache
 from labelmill.data.manifest import Manifest, load_manifest
-from labelmill.data.source import StreamSpec
+from labelmill.data.mix import Mix
+from labelmill.data.selection_config import SelectionConfig
+from labelmill.data.spec import AnySpec, DecodePlace, MixedSpec, OnDamage, Reading, StreamSpec
 from labelmill.errors import DataError
 from labelmill.job import StrictModel
+
+
+class CacheConfig(StrictModel):
+    """Local copies of remote shards, shared by all workers of a host."""
+
+    folder: str = Field(min_length=1, description="a local folder, the same on every host")
+    limit_mb: float = Field(10_240, gt=0, description="most it may hold, MiB; the longest unused go first")
+
+
+class MixPart(StrictModel):
+    """A data set that is mixed into the training stream."""
+
+    data: str = Field(min_length=1, description="folder or URI of a data set with the training set's label space")
+    weight: float = Field(gt=0, description="its share, in the unit of `data.weight`")
 
 
 class StreamConfig(StrictModel):
     """How streams are read."""
 
     window: int = Field(8, ge=1, description="shards shuffled together; what a read task holds in memory")
-    max_bad_samples: int = Field(0, ge=0, description="undecodable samples left out and named; one more stops the run")
-    verify: bool = Field(True, description="re-hash every shard as it is read")
+    max_bad_samples: int = Field(0, ge=0, description="holes that are left out and named; one more stops the run")
+    on_damage: OnDamage = Field(
+        "raise", description="a damaged shard stops the run, becomes holes as a whole (shard) or where needed (sample)"
+    )
+    verify: bool | Literal["first"] = Field(
+        "first", description="re-hash shards as they are read: always, never, or those this process has not seen yet"
+    )
+    decode: DecodePlace = Field("auto", description="images: in tasks, or late in threads of the rank (auto: JPEG)")
+    decode_threads: int = Field(0, ge=0, description="a rank's threads that decode and prepare; 0: its CPUs")
+    prefetch_mb: float = Field(256.0, gt=0, description="object-store memory for blocks that are read ahead, MiB")
+    readers: int = Field(2, ge=1, description="windows read at once")
+    cache: CacheConfig | None = Field(None, description="keep local copies of shards that come from an object store")
+    select: SelectionConfig | None = Field(None, description="training samples that take part, and how often")
+    mix: tuple[MixPart, ...] = Field((), description="data sets mixed into the training stream, in exact proportions")
+    weight: float = Field(1.0, gt=0, description="share of the training set itself in a mix")
+
+    @model_validator(mode="after")
+    def _cache_is_local(self) -> StreamConfig:
+        if self.cache and store.is_uri(self.cache.folder):
+            raise ValueError(f"cache.folder {self.cache.folder!r} must be a local folder")
+        return self
+
+    @property
+    def reading(self) -> Reading:
+        """How shards are read."""
+        return Reading(
+            verify=self.verify,
+            on_damage=self.on_damage,
+            decode=self.decode,
+            threads=self.decode_threads,
+            prefetch_mb=self.prefetch_mb,
+            readers=self.readers,
+            cache_folder=os.path.abspath(self.cache.folder) if self.cache else "",
+            cache_mb=self.cache.limit_mb if self.cache else 0.0,
+        )
 
     def stream(
         self,
@@ -29,7 +82,7 @@ class StreamConfig(StrictModel):
         image_size: int | None = None,
         channels: int = 3,
     ) -> StreamSpec:
-        """One epoch of a data set as a stream; training sets its own end."""
+        """One epoch of a data set as a stream, every sample once; training sets its own end."""
         return StreamSpec(
             manifest,
             field,
@@ -40,8 +93,29 @@ class StreamConfig(StrictModel):
             image_size=image_size,
             channels=channels,
             max_bad_samples=self.max_bad_samples,
-            verify=self.verify,
+            reading=self.reading,
         )
+
+    def training_stream(
+        self, manifest: Manifest, folder: str | os.PathLike[str], field: str, global_batch: int, **options: Any
+    ) -> AnySpec:
+        """The training stream: `stream` with the selection and the mix of the section.
+
+        Args:
+            manifest: the training set.
+            folder: where a selection is kept; read tasks on other hosts must see it.
+            field, global_batch, options: as of `stream`.
+
+        Raises DataError when the selection is empty or names what isn't there, or a mixed data set doesn't fit.
+        """
+        spec = self.stream(manifest, field, global_batch, **options)
+        if self.select:
+            selection = self.select.build(manifest, os.fspath(folder), options.get("seed", 0))
+            spec = replace(spec, selection=selection)
+        if not self.mix:
+            return spec
+        others = (self.stream(load_manifest(part.data), field, global_batch, **options) for part in self.mix)
+        return MixedSpec((spec, *others), Mix([self.weight, *(part.weight for part in self.mix)]), global_batch)
 
 
 class DataConfig(StreamConfig):
@@ -50,14 +124,24 @@ class DataConfig(StreamConfig):
     train: str = Field(min_length=1, description="folder or URI of the training set")
     test: str = Field(min_length=1, description="folder or URI of the test set")
 
+    @property
+    def reading_only(self) -> StreamConfig:
+        """The section without the names of the two data sets, which a stage gets as manifests."""
+        return StreamConfig(**self.model_dump(exclude={"train", "test"}))
+
     def open(self) -> tuple[Manifest, Manifest]:
-        """Both manifests. Raises DataError when one is missing or their labels don't fit together."""
+        """Both manifests. Raises DataError when one is missing, their labels don't fit together, or the cache can't work."""
         train, test = load_manifest(self.train), load_manifest(self.test)
-        if train.label != test.label:
-            raise DataError(
-                f"data.test {self.test} has labels {_show(test.label)}, data.train {self.train} has {_show(train.label)}. "
-                "Import both with one label space (labelmill data import --split)."
-            )
+        for where, other in [("data.test", self.test), *(("data.mix", part.data) for part in self.mix)]:
+            label = test.label if where == "data.test" else load_manifest(other).label
+            if train.label != label:
+                raise DataError(
+                    f"{where} {other} has labels {_show(label)}, data.train {self.train} has {_show(train.label)}. "
+                    "Import both with one label space (labelmill data import --split)."
+                )
+        if self.cache:
+            largest = max(shard.bytes for shard in (*train.shards, *test.shards))
+            ShardCache(self.reading.cache_folder, int(self.cache.limit_mb * 2**20)).check(largest)
         return train, test
 
 

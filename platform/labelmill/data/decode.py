@@ -7,7 +7,9 @@ Shape legend: B samples, H height, W width, C channels.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +26,7 @@ Bad = list[tuple[str, str]]
 
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_SPACES = {1: "GRAY", 3: "RGB"}
+_MOST_PLAIN = 1 << 24  # pixels; larger ones are Pillow's business, bombs among them
 
 
 def decode_images(
@@ -31,6 +34,7 @@ def decode_images(
     keys: Sequence[str],
     size: int | tuple[int, int] | None = None,
     channels: int = 3,
+    holes: pa.ChunkedArray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Bad]:
     """Decodes B encoded images (JPEG, PNG, WebP and whatever else Pillow reads).
 
@@ -40,6 +44,7 @@ def decode_images(
         size: side, or (H, W), that every image is resized to (antialiased, aspect not kept); None keeps the
             size, which then must be the same for all.
         channels: 1 grey, 3 RGB, 4 RGBA. Transparent images are laid over white unless 4 is asked for.
+        holes: strings, null where there is an image; the others are left out and not named again.
 
     Returns:
         images (B, H, W, C) uint8, zeros where bad; valid (B,) bool; the bad ones.
@@ -47,41 +52,63 @@ def decode_images(
     Raises DataError when sizes differ and `size` is None, or no image at all can be decoded and so none has a
     size.
     """
+    skip_B = None if holes is None else ~holes.is_null().to_numpy(zero_copy_only=False)
+    return decode_views(binary_views(column), keys, size, channels, skip_B)
+
+
+def decode_views(
+    views: Sequence[memoryview | None],
+    keys: Sequence[str],
+    size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    skip_B: np.ndarray | None = None,
+    memory: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, Bad]:
+    """`decode_images` of B encoded images in memory.
+
+    Args:
+        views, keys, size, channels: the images.
+        skip_B: bool (B,), images that are known to be holes: zeros, not valid, not named again.
+        memory: gives the uint8 array that images are decoded into, with any content; np.zeros by default.
+    """
     if channels not in _PIL_MODES:
         raise ValueError(f"channels must be 1, 3 or 4, not {channels}")
     height_width = (size, size) if isinstance(size, int) else size
-    valid_B = np.zeros(len(column), dtype=bool)
+    take = memory or (lambda shape: np.zeros(shape, np.uint8))
+    valid_B = np.zeros(len(views), dtype=bool)
     bad: Bad = []
     out: np.ndarray | None = None
     first = ""
     if height_width is not None:
-        out = np.zeros((len(column), *height_width, channels), dtype=np.uint8)
-    for i, raw in enumerate(binary_views(column)):
+        out = take((len(views), *height_width, channels))
+    for i, raw in enumerate(views):
+        if skip_B is not None and skip_B[i]:
+            continue
         try:
             image = decode_image(raw, height_width, channels, None if out is None else out[i])
         except ValueError as error:
             bad.append((keys[i], str(error)))
-            if out is not None:
-                out[i] = 0  # a damaged image may have been decoded in part
             continue
         if out is None:
-            out, first = np.zeros((len(column), *image.shape), dtype=np.uint8), keys[i]
+            out, first = take((len(views), *image.shape)), keys[i]
         if image.shape != out.shape[1:]:
             raise DataError(
                 f"images differ in size: sample {keys[i]!r} is {_show(image.shape)}, {first!r} is "
                 f"{_show(out.shape[1:])}. Give a size that every image is resized to (image_size)."
             )
-        if not np.may_share_memory(image, out):
+        if image.base is None or not np.may_share_memory(image, out):
             out[i] = image
         valid_B[i] = True
-    if out is None and not len(column):
-        out = np.zeros((0, 0, 0, channels), dtype=np.uint8)
     if out is None:
-        key, reason = bad[0]
-        raise DataError(
-            f"none of {len(bad)} images can be decoded, the first is {key!r}: {reason}. Is this field an "
-            "image? `labelmill data verify` lists what is bad."
-        )
+        if bad and len(bad) == len(views):
+            key, reason = bad[0]
+            raise DataError(
+                f"none of {len(bad)} images can be decoded, the first is {key!r}: {reason}. Is this field an "
+                "image? `labelmill data verify` lists what is bad."
+            )
+        return np.zeros((len(views), 0, 0, channels), dtype=np.uint8), valid_B, bad
+    if not valid_B.all():
+        out[~valid_B] = 0  # recycled memory, or an image that was decoded in part
     return out, valid_B, bad
 
 
@@ -98,10 +125,12 @@ def decode_image(
     """
     if not raw:
         raise ValueError("no content")
-    if bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
+    if raw[0] == 0xFF and bytes(raw[:3]) == b"\xff\xd8\xff" and channels in _JPEG_SPACES:
         image = _decode_jpeg(raw, size, channels, row)
         if image is not None:
             return image if size is None or image.shape[:2] == size else _resize(image, size)
+    if raw[0] == 0x89 and channels in _PIL_MODES and (plain := _decode_plain_png(raw, size, channels)) is not None:
+        return plain
     try:
         with Image.open(io.BytesIO(raw)) as picture:
             picture.load()
@@ -134,6 +163,46 @@ def _decode_jpeg(
         return simplejpeg.decode_jpeg(raw, _JPEG_SPACES[channels], **options)
     except ValueError as error:
         raise ValueError(f"JPEG: {error}") from None
+
+
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_COLOURS = {1: 0, 3: 2, 4: 6}
+
+
+def _decode_plain_png(raw: bytes | memoryview, size: tuple[int, int] | None, channels: int) -> np.ndarray | None:
+    """A PNG of 8 bits with just the channels and the size wanted, in half the time of opening it; None leaves it to Pillow.
+
+    The pixels still go through Pillow's decoder; chunk checksums are compared as Pillow does.
+    """
+    raw = bytes(raw)
+    if len(raw) < 45 or not raw.startswith(_PNG_HEAD):
+        return None
+    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", raw, 16)
+    if depth != 8 or colour != _PNG_COLOURS[channels] or interlace or not 0 < width * height <= _MOST_PLAIN:
+        return None
+    if size is not None and (height, width) != size:
+        return None
+    if zlib.crc32(raw[12:29]) != int.from_bytes(raw[29:33], "big"):
+        return None
+    at, content = 33, []
+    while at + 12 <= len(raw):
+        length, kind = int.from_bytes(raw[at : at + 4], "big"), raw[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(raw) or kind == b"tRNS":
+            return None
+        if kind == b"IDAT":
+            if zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+                return None
+            content.append(raw[at + 8 : end - 4])
+        elif kind == b"IEND":
+            break
+        at = end
+    mode = _PIL_MODES[channels]
+    try:
+        picture = Image.frombytes(mode, (width, height), b"".join(content), "zip", mode, 0)
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, channels)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -208,7 +277,8 @@ def binary_views(column: pa.Array | pa.ChunkedArray) -> list[memoryview | None]:
             chunk = chunk.cast(pa.binary())
         _, offsets, content = chunk.buffers()
         starts = np.frombuffer(offsets, dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        view = memoryview(content) if content is not None else memoryview(b"")
+        # as unsigned bytes: simplejpeg takes no others
+        view = memoryview(content).cast("B") if content is not None else memoryview(b"")
         if chunk.null_count:
             nulls = chunk.is_null().to_pylist()
             out += [None if n else view[a:z] for n, a, z in zip(nulls, starts[:-1], starts[1:], strict=True)]

@@ -326,7 +326,7 @@ def verify(manifest: Manifest, decode: bool = True) -> VerifyReport:
         try:
             table = read_shard(manifest, i)
         except ShardDamage as damage:
-            key = damage.key or _first_undecodable(manifest, i)
+            key = damage.key or (_first_undecodable(manifest, i) if store.exists(path) else None)
             report.add(path, str(damage), key, damage.offset)
         except DataError as error:
             report.add(path, str(error))

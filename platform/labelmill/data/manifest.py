@@ -38,10 +38,11 @@ _ARRAY_TYPES = {
 class FieldSpec(StrictModel):
     """One input of a sample.
 
-    An array with `shape` and `dtype` is an Arrow fixed-size list, otherwise NPY bytes.
+    An array with `shape` and `dtype` is an Arrow fixed-size list, otherwise NPY bytes. safetensors (a dict of tensors)
+    and arrow (an Arrow stream or file) stay bytes: see records.py.
     """
 
-    kind: Literal["image", "text", "array", "bytes"]
+    kind: Literal["image", "text", "array", "bytes", "safetensors", "arrow"]
     ext: str = Field(
         pattern=r"^[a-z0-9_]+([.][a-z0-9_]+)*(;[a-z0-9_]+([.][a-z0-9_]+)*)*$",
         description="extension of the tar member; alternatives separated by ';', as in WebDataset: png;jpg",
@@ -71,6 +72,21 @@ class FieldSpec(StrictModel):
         return pa.binary()
 
 
+def _leaves(path: str, allowed: bool) -> bool:
+    """Whether a path has `..` parts. `allowed`: only where they don't lead, as in `../old/shard.tar`.
+
+    A new label version names the shards of the old one so.
+    """
+    parts = path.split("/")
+    while allowed and parts[0] == "..":
+        parts.pop(0)
+    return ".." in parts
+
+
+def _is_elsewhere(path: str) -> bool:
+    return ".." in path.split("/") or os.path.isabs(path) or store.is_uri(path)
+
+
 class ShardInfo(StrictModel):
     """One shard file, and the overlay file with its labels when they don't come from the shard itself."""
 
@@ -80,11 +96,21 @@ class ShardInfo(StrictModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     labels: str | None = Field(None, description="Arrow file with key and label columns, row for row")
     labels_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    index: str | None = Field(None, description="Arrow file that says where each sample lies (index.py)")
+    index_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
-    def _labels_have_checksum(self) -> ShardInfo:
+    def _is_consistent(self) -> ShardInfo:
         if (self.labels is None) != (self.labels_sha256 is None):
             raise ValueError("labels and labels_sha256 come together")
+        if (self.index is None) != (self.index_sha256 is None):
+            raise ValueError("index and index_sha256 come together")
+        if ".." in self.path and _leaves(self.path, allowed=self.labels is not None):
+            raise ValueError(f"path {self.path!r} leads out of the data set's folder")
+        if self.labels is not None and _is_elsewhere(self.labels):
+            raise ValueError(f"labels {self.labels!r} must be a file in the data set's folder")
+        if self.index is not None and ".." in self.index and _leaves(self.index, allowed=self.labels is not None):
+            raise ValueError(f"index {self.index!r} leads out of the data set's folder")
         return self
 
 
@@ -102,6 +128,13 @@ class Manifest(StrictModel):
     parents: tuple[str, ...] = Field((), description="digests of the versions that this one was made from")
     created_by: dict[str, str] = Field(default_factory=dict)
     _root: str | None = PrivateAttr(None)
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_lie_beside(cls, value: str | None) -> str | None:
+        if value is not None and _is_elsewhere(value):
+            raise ValueError(f"{value!r} must be a file in the data set's folder")
+        return value
 
     @field_validator("fields")
     @classmethod
@@ -128,7 +161,7 @@ class Manifest(StrictModel):
         """sha256 (hex) of what a reader gets: fields, label form, label space, every shard's content and
         labels.
 
-        Name, paths, lineage and origin don't count: the same data elsewhere has the same digest.
+        Name, paths, lineage, origin and sidecar indexes don't count: the same data elsewhere has the same digest.
         """
         content = {
             "schema_version": self.schema_version,
@@ -161,6 +194,11 @@ class Manifest(StrictModel):
         """Path or URI of shard `i`'s label overlay, if it has one."""
         labels = self.shards[i].labels
         return store.join(self.root, labels) if labels else None
+
+    def index_path(self, i: int) -> str | None:
+        """Path or URI of shard `i`'s sidecar index, if it has one."""
+        index = self.shards[i].index
+        return store.join(self.root, index) if index else None
 
     @property
     def schema(self) -> pa.Schema:

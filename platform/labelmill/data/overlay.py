@@ -32,6 +32,7 @@ def write_label_overlay(
     check_keys_align: bool = True,
     parents: tuple[str, ...] | None = None,
     overwrite: bool = False,
+    staging: Staging | None = None,
 ) -> Manifest:
     """A new version of a data set: the same shards, other labels. Nothing of the old version changes.
 
@@ -47,11 +48,12 @@ def write_label_overlay(
             compare them in any case.
         parents: digests of the versions this one comes from; None names `manifest`.
         overwrite: replace a version that is there.
+        staging: where the new version is being written, with files of it that are there already.
 
     Raises DataError when tables and shards don't match, or a label is wrong.
     """
     place = store.normal(out)
-    staging = Staging(place, overwrite)
+    staging = staging or Staging(place, overwrite)
     if classes is None and manifest.classes and label.num_classes == manifest.label.num_classes:
         classes = manifest.load_classes()
         classes = classes.drop_columns(["count"]) if "count" in classes.column_names else classes
@@ -70,7 +72,9 @@ def write_label_overlay(
             path = f"labels-{i:06d}.arrow"
             data = classes_bytes(table)
             store.write_bytes(staging.path(path), data)
-            moved = {"path": _shard_from(manifest, i, place), "labels": path}
+            moved = {"path": _from(manifest.shard_path(i), info.path, place), "labels": path}
+            if (index := manifest.index_path(i)) is not None:
+                moved["index"] = _from(index, info.index or "", place)
             shards.append(info.model_copy(update=moved | {"labels_sha256": hashlib.sha256(data).hexdigest()}))
         if next(remaining, None) is not None:
             raise DataError(f"{place}: labels for more shards than the {len(manifest.shards)} of the data set.")
@@ -118,9 +122,8 @@ def _overlay_table(
     return table
 
 
-def _shard_from(manifest: Manifest, i: int, place: str) -> str:
-    """Shard `i` as a manifest in `place` names it: relative if it was and both are local."""
-    path = manifest.shard_path(i)
-    if store.is_uri(path) or store.is_uri(place) or os.path.isabs(manifest.shards[i].path):
+def _from(path: str, named: str, place: str) -> str:
+    """A file of the old version as a manifest in `place` names it: relative if it was (`named`) and both are local."""
+    if store.is_uri(path) or store.is_uri(place) or os.path.isabs(named):
         return path
     return os.path.relpath(path, place)

@@ -1,129 +1,219 @@
-"""Reading shards: one read per shard, checked against the manifest, as an Arrow table.
+"""Reading shards: one read per shard or byte range, checked against the manifest, as an Arrow table.
 
 Two layouts, both valid tars that WebDataset reads as well:
 
-tar      one member per field and sample, `<key>.<ext>`; labels in `<key>.cls` (ASCII integer, single labels)
-or
+tar      one member per field and sample, `<key>.<ext>`; labels in `<key>.cls` (ASCII integer, single labels) or
          `<key>.labels.json` (other forms: an object with the names of the label columns)
-packed   one member per block of samples, `<first key>.arrow`, an Arrow IPC stream with the columns of the
-table: for
+packed   one member per block of samples, `<first key>.arrow`, an Arrow IPC stream with the columns of the table: for
          small samples, where two tar headers would outweigh the content
 
-A shard that isn't what the manifest says is an error, never a shorter shard.
+A shard that isn't what the manifest says is an error or holes (see `open_shard`), never a shorter shard. `open_shard`
+gives the fetched bytes with the places of the samples in them, `gather` makes a table of samples of several shards;
+payload is copied once, by `gather`.
+
+Shape legend: N samples of a shard, K rows at hand, J samples gathered.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from labelmill.data import store
-from labelmill.data.labels import LABEL_COLUMNS, LabelSpec, count_labels
-from labelmill.data.manifest import FieldSpec, Manifest
-from labelmill.data.tar import TarDamage, TarIndex, parse_tar
-from labelmill.errors import DataError
-
-_MEND = (
-    "Copy the shard again from where it came from, or import the data set again; `labelmill data verify` "
-    "checks every shard."
+from labelmill.data.damage import WHOLE_SHARD, Damage, Policy, ShardDamage
+from labelmill.data.fetch import Content, ShardCache, Verify, fetch_ranges, fetch_whole
+from labelmill.data.index import ShardIndex, plan_ranges, read_index
+from labelmill.data.labels import count_labels
+from labelmill.data.manifest import Manifest
+from labelmill.data.overlays import read_overlay
+from labelmill.data.rows import Bad, Request, Rows, damage_of, empty_rows, rows_of_packed, rows_of_tar
+from labelmill.data.scan import Places
+from labelmill.data.spans import Spans, column_of, concat_spans
+from labelmill.data.structure import (
+    BLOCK_EXT,
+    block_schema,
+    certain_blocks,
+    certain_samples,
+    locate,
+    read_block,
+    read_blocks,
 )
-_MAX_BINARY = 2**31 - 1  # bytes of one Arrow binary chunk
+
+__all__ = [
+    "HOLE",
+    "WHOLE_SHARD",
+    "Damage",
+    "Policy",
+    "Shard",
+    "ShardDamage",
+    "gather",
+    "label_counts",
+    "open_shard",
+    "read_labels",
+    "read_shard",
+]
+
+HOLE = "__hole__"
+"""Column of `gather`: null for a sample that is fine, else why it is a hole."""
+
+_GAP_LOCAL, _GAP_REMOTE = 64 << 10, 1 << 20  # bytes that are cheaper to read than to skip
 
 
-class ShardDamage(DataError):
-    """A shard that isn't what the manifest says, or can't be read.
+@dataclass
+class Shard:
+    """A fetched shard, or the ranges of it that were asked for. It holds the bytes; nothing is copied out of them.
 
     Attributes:
-        reason: what is wrong, without place and remedy.
-        shard: path of the shard.
-        offset: byte offset where it goes wrong, if known.
-        key: first sample that can't be trusted, if known.
-        found, expected: whole samples in the shard, samples by the manifest.
+        path: of the shard.
+        num_rows: N by the manifest, holes included.
+        damage: the holes; empty unless the policy allows them. Damage of every row alike is one entry (`WHOLE_SHARD`).
+        schema: columns of the tables that `gather` makes, without `HOLE`.
     """
 
-    reason: str = ""
-    shard: str = ""
-    offset: int | None = None
-    key: str | None = None
-    found: int | None = None
-    expected: int | None = None
+    path: str
+    num_rows: int
+    damage: list[Damage]
+    schema: pa.Schema
+    _rows: Rows
 
-    @classmethod
-    def of(
-        cls,
-        shard: str,
-        reason: str,
-        offset: int | None = None,
-        key: str | None = None,
-        found: int | None = None,
-        expected: int | None = None,
-    ) -> ShardDamage:
-        """Builds the message. (Not the constructor: exceptions travel between processes by their message.)"""
-        text = f"{shard}: {reason}"
-        text += f" at byte {offset}" if offset is not None else ""
-        if found is not None:
-            text += f"; {found} whole samples found" + (f", {expected} expected" if expected is not None else "")
-        text += f"; first sample concerned: {key!r}" if key is not None else ""
-        error = cls(f"{text}. {_MEND}")
-        error.reason, error.shard, error.offset, error.key = reason, shard, offset, key
-        error.found, error.expected = found, expected
-        return error
+    def places(self, row: np.ndarray) -> np.ndarray:
+        """Numbers among the rows at hand of the samples `row`. Raises IndexError for one that wasn't fetched."""
+        number = self._rows.number
+        if len(number) == self.num_rows:
+            found, wrong = row, (row < 0) | (row >= self.num_rows)
+        else:
+            found = np.searchsorted(number, row)
+            wrong = (found == len(number)) | (number[np.minimum(found, len(number) - 1)] != row)
+        if wrong.any():
+            raise IndexError(
+                f"{self.path}: row {int(row[int(np.argmax(wrong))])} isn't among the rows that were opened"
+            )
+        return found
 
 
-def read_shard(manifest: Manifest, i: int, verify: bool = True) -> pa.Table:
-    """Shard `i` as a table with the columns of `manifest.schema`: `key`, each field, the labels.
+def open_shard(
+    manifest: Manifest,
+    i: int,
+    *,
+    rows: np.ndarray | None = None,
+    fields: Sequence[str] | None = None,
+    verify: Verify = True,
+    policy: Policy = "raise",
+    cache: ShardCache | None = None,
+) -> Shard:
+    """Fetches and checks shard `i`.
 
     Args:
         manifest: the data set.
         i: index of the shard.
-        verify: compare the content with the manifest's sha256. Size and count are compared in any case.
+        rows: samples wanted; None for all. With a sidecar index only the byte ranges that hold them are read, and each
+            sample's crc32 is compared; otherwise, or when they are most of the shard, the whole shard is.
+        fields: fields wanted; None for all. Keys and labels always come.
+        verify: compare the content of a whole shard with the manifest's sha256 (in ranges: with the crc32 of the index);
+            "first" hashes a local file only if this process hasn't yet found the same file (path, size, time, inode)
+            right. Size, structure and count are compared in any case.
+        policy: "raise": the first damage raises. "shard": a damaged, changed or missing shard becomes N holes; it is
+            read whole even if `rows` are given, so that what is a hole doesn't depend on them. "sample": what can be
+            proved good is kept, the rest becomes holes, and no sample changes its place. Proof is the crc32 of the
+            index; without one, the structure around a single place of damage.
+        cache: whole remote shards are read through it.
 
     Raises:
-        ShardDamage (a DataError): the shard is cut, damaged, changed, or holds a sample that can't be read;
-            names the shard, the byte offset, samples found and expected, the first sample concerned where it
-            can be told.
-        DataError: the file is missing, or its label overlay doesn't belong to it.
+        ShardDamage (a DataError): under policy "raise", a shard that is missing, cut, damaged, changed, or holds a
+            sample that can't be read; names the shard, the byte offset, samples found and expected, the first sample
+            concerned where it can be told.
+        DataError: the place can't be read (under every policy), or the label overlay doesn't belong to the shard.
     """
-    info, path = manifest.shards[i], manifest.shard_path(i)
-    data = store.read_bytes(path)
-    digest = hashlib.sha256(data).hexdigest() if verify else info.sha256
-    # content is looked at even when it is known to be wrong: to say where
-    table = _parse(
-        data, manifest, path, info.samples, labelled=info.labels is None, trusted=verify and digest == info.sha256
-    )
-    if table.num_rows != info.samples:
-        raise ShardDamage.of(path, "wrong number of samples", found=table.num_rows, expected=info.samples)
-    if data.size != info.bytes:
-        reason = f"{data.size} bytes long instead of {info.bytes}"
-        raise ShardDamage.of(path, reason, found=table.num_rows, expected=info.samples)
-    if digest != info.sha256:
-        reason = f"the content changed since it was written (sha256 {digest[:12]}..., not {info.sha256[:12]}...)"
-        raise ShardDamage.of(path, reason, found=table.num_rows, expected=info.samples)
-    if info.labels is None:
-        return table
-    overlay = _read_overlay(manifest, i, verify)
-    _check_aligned(table.column("key"), overlay.column("key"), manifest.labels_path(i) or "", path)
-    for name in manifest.label.columns:
-        table = table.append_column(name, overlay.column(name))
-    return table
+    names = tuple(manifest.fields) if fields is None else tuple(n for n in manifest.fields if n in set(fields))
+    request = Request(manifest, i, names, verify, policy)
+    asked = None if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+    note: ShardDamage | None = None
+    try:
+        found = None if asked is None or policy == "shard" else _from_ranges(request, asked)
+        if found is None:
+            content = fetch_whole(manifest, i, verify, cache)
+            found, note = _from_whole(request, content)
+    except ShardDamage as damage:
+        if policy == "raise":
+            raise
+        found = _quarantined(request, damage)
+    damage_list = damage_of(request, found, asked)
+    if note is not None and not found.bad:  # something is wrong, but no sample
+        damage_list = [Damage(request.path, WHOLE_SHARD, "", note.reason, note.offset)]
+    wanted = [f for f in manifest.schema if f.name not in manifest.fields or f.name in names]
+    return Shard(request.path, request.samples, damage_list, pa.schema(wanted), found)
 
 
-def read_labels(manifest: Manifest, i: int, verify: bool = True) -> pa.Table:
-    """`key` and label columns of shard `i`, from the overlay alone if there is one. See `read_shard`."""
+def gather(shards: Sequence[Shard], which: np.ndarray, row: np.ndarray) -> pa.Table:
+    """Samples of several shards as one table.
+
+    Args:
+        shards: opened with the same fields.
+        which, row: integers (J,): sample j is row `row[j]` of `shards[which[j]]`.
+
+    Returns a table of J rows with the shards' columns (contiguous; several chunks only above 2 GiB) and the column
+    `HOLE`. Holes have empty content (arrays of fixed shape: zeros) and label 0 or an empty list. Raises IndexError for
+    a row that wasn't opened.
+    """
+    if not shards:
+        raise ValueError("gather needs at least one shard, to know the columns")
+    which, row = np.asarray(which, dtype=np.int64), np.asarray(row, dtype=np.int64)
+    counts = [len(s._rows.number) for s in shards]
+    first = np.cumsum([0, *counts])
+    if len(shards) == 1:
+        place = shards[0].places(row)
+    else:
+        place = np.empty(len(row), dtype=np.int64)
+        for s, shard in enumerate(shards):
+            mine = np.flatnonzero(which == s)
+            place[mine] = first[s] + shard.places(row[mine])
+    indices = pa.array(place)
+    schema = shards[0].schema
+    parts = [s._rows for s in shards]
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {}
+    for column in schema:
+        if column.name in parts[0].fields:
+            spans = concat_spans([p.fields[column.name] for p in parts]).take(place)
+            columns[column.name] = column_of(spans, column.type)
+        elif column.name == "key":
+            columns["key"] = pa.concat_arrays([p.keys for p in parts]).take(indices)
+        else:
+            columns[column.name] = pa.concat_arrays([p.labels[column.name] for p in parts]).take(indices)
+    columns[HOLE] = _hole_column(parts, first, place)
+    return pa.table(columns, schema=schema.append(pa.field(HOLE, pa.string())))
+
+
+def _hole_column(parts: list[Rows], first: np.ndarray, place: np.ndarray) -> pa.Array:
+    reasons = {int(first[p]) + k: reason for p, rows in enumerate(parts) for k, (reason, _) in rows.bad.items()}
+    if not reasons:
+        return pa.nulls(len(place), pa.string())
+    return pa.array([reasons.get(k) for k in place.tolist()], pa.string())
+
+
+def read_shard(manifest: Manifest, i: int, verify: Verify = True) -> pa.Table:
+    """Shard `i` as a table with the columns of `manifest.schema`: `key`, each field, the labels.
+
+    Args and errors as those of `open_shard` with policy "raise".
+    """
+    return _table(open_shard(manifest, i, verify=verify))
+
+
+def read_labels(manifest: Manifest, i: int, verify: Verify = True) -> pa.Table:
+    """`key` and label columns of shard `i`, from the overlay alone if there is one. See `open_shard`."""
     if manifest.shards[i].labels is not None:
-        return _read_overlay(manifest, i, verify)
-    return read_shard(manifest, i, verify).select(["key", *manifest.label.columns])
+        return read_overlay(manifest, i, bool(verify))
+    return _table(open_shard(manifest, i, verify=verify, fields=()))
 
 
-def label_counts(manifest: Manifest, verify: bool = True) -> np.ndarray:
+def _table(shard: Shard) -> pa.Table:
+    number = np.arange(shard.num_rows)
+    return gather([shard], np.zeros_like(number), number).drop_columns([HOLE])
+
+
+def label_counts(manifest: Manifest, verify: Verify = True) -> np.ndarray:
     """int64 (C,): samples of each class over all shards, counted from the labels (see `count_labels`)."""
     total = np.zeros(manifest.label.num_classes or 0, dtype=np.int64)
     for i in range(len(manifest.shards)):
@@ -131,255 +221,161 @@ def label_counts(manifest: Manifest, verify: bool = True) -> np.ndarray:
     return total
 
 
-# --- the tar -------------------------------------------------------------------------------------------
+# --- a whole shard -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Samples:
-    """A tar's samples: `members[i]` maps extension to member number of sample `keys[i]`."""
-
-    keys: list[str]
-    members: list[dict[str, int]]
-
-
-def group_members(index: TarIndex, where: str) -> Samples:
-    """Groups consecutive members of one key, by WebDataset's rule: the key ends at the base name's first dot.
-
-    Files without an extension, hidden files and `__name__` entries are passed over, as WebDataset does.
-    Raises ShardDamage when a sample has two members of one extension, or its members don't follow each other.
-    """
-    keys: list[str] = []
-    members: list[dict[str, int]] = []
-    seen: set[str] = set()
-    current: str | None = None
-    for i, name in enumerate(index.names):
-        base = name.rfind("/") + 1
-        dot = name.find(".", base)
-        if dot <= base:  # no extension, or hidden
-            continue
-        key, ext = name[:dot], name[dot + 1 :].lower()
-        if key != current:
-            if key in seen:
-                reason = f"sample {key!r} occurs twice, or its members don't follow each other"
-                raise ShardDamage.of(where, reason, offset=index.offsets[i], key=key, found=len(keys) - 1)
-            current = key
-            seen.add(key)
-            keys.append(key)
-            members.append({})
-        if ext in members[-1]:
-            reason = f"sample {key!r} has two members of extension {ext!r}"
-            raise ShardDamage.of(where, reason, offset=index.offsets[i], key=key, found=len(keys) - 1)
-        members[-1][ext] = i
-    return Samples(keys, members)
-
-
-def _parse(data: pa.Buffer, manifest: Manifest, path: str, expected: int, labelled: bool, trusted: bool) -> pa.Table:
-    view = memoryview(data)
-    try:
-        index = parse_tar(view)
-        if not index.ended and _whole_samples(index, data, manifest, path, labelled)[0] != expected:
-            raise TarDamage("no end-of-archive marker: cut between two members", index.end, index)
-    except TarDamage as damage:
-        found, key = _whole_samples(damage.index, data, manifest, path, labelled)
-        base = damage.name.rfind("/") + 1
-        if (dot := damage.name.find(".", base)) > base:
-            key = damage.name[:dot]
-        raise ShardDamage.of(path, damage.reason, damage.offset, key, found, expected) from None
-    try:
-        if manifest.layout == "packed":
-            return _unpack(data, index, manifest, path, labelled, trusted)
-        return _collect(view, index, manifest, path, labelled)
-    except ShardDamage as damage:
-        raise ShardDamage.of(path, damage.reason, damage.offset, damage.key, damage.found, expected) from None
-
-
-def _whole_samples(
-    index: TarIndex, data: pa.Buffer, manifest: Manifest, path: str, labelled: bool
-) -> tuple[int, str | None]:
-    """How many samples are complete, and the key of the first that isn't."""
-    if manifest.layout == "packed":
-        return _unpack(data, index, manifest, path, labelled, trusted=False).num_rows, None
-    wanted = [spec.exts for spec in manifest.fields.values()]
-    wanted += [(_label_ext(manifest.label),)] if labelled and manifest.label.columns else []
-    samples = group_members(index, path)
-    whole = [all(any(e in m for e in exts) for exts in wanted) for m in samples.members]
-    return sum(whole), samples.keys[whole.index(False)] if False in whole else None
-
-
-def _label_ext(spec: LabelSpec) -> str:
-    return "cls" if spec.form == "single" else "labels.json"
-
-
-# --- layout "tar" --------------------------------------------------------------------------------------
-
-
-def _collect(view: memoryview, index: TarIndex, manifest: Manifest, path: str, labelled: bool) -> pa.Table:
-    samples = group_members(index, path)
-    keys = samples.keys
-    offsets, sizes = np.array(index.offsets, dtype=np.int64), np.array(index.sizes, dtype=np.int64)
-
-    def column(exts: Sequence[str], what: str) -> pa.ChunkedArray:
-        if len(exts) == 1:
-            which = [m.get(exts[0], -1) for m in samples.members]
-        else:
-            which = [next((m[e] for e in exts if e in m), -1) for m in samples.members]
-        if -1 in which:
-            row = which.index(-1)
-            reason = f"sample {keys[row]!r} has no {what} (member .{' or .'.join(exts)})"
-            raise ShardDamage.of(path, reason, key=keys[row])
-        return _gather(view, offsets[which], sizes[which])
-
-    def fail(row: int, reason: str) -> ShardDamage:
-        place = samples.members[row].values()
-        return ShardDamage.of(path, f"sample {keys[row]!r}: {reason}", min(offsets[i] for i in place).item(), keys[row])
-
-    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
-    for name, spec in manifest.fields.items():
-        columns[name] = _typed(column(spec.exts, f"field {name!r}"), spec, fail)
-    if labelled and manifest.label.columns:
-        raw = column((_label_ext(manifest.label),), "label")
-        columns.update(_parse_labels(raw, manifest.label, fail))
-    return pa.table(columns)
-
-
-def _gather(view: memoryview, offsets: np.ndarray, sizes: np.ndarray) -> pa.ChunkedArray:
-    """Slices of `view` as binary values: one copy, in chunks that 32-bit offsets can address."""
-    ends = np.cumsum(sizes)
-    chunks: list[pa.Array] = []
-    first = 0
-    while first < len(sizes) or not chunks:
-        base = int(ends[first - 1]) if first else 0
-        last = int(np.searchsorted(ends, base + _MAX_BINARY, side="right"))
-        if last == first and first < len(sizes):
-            raise DataError(f"a member of {int(sizes[first])} bytes is too large: at most {_MAX_BINARY} can be read.")
-        spans = zip(offsets[first:last].tolist(), sizes[first:last].tolist(), strict=True)
-        content = pa.py_buffer(b"".join([view[o : o + s] for o, s in spans]))
-        starts = np.concatenate([[0], ends[first:last] - base]).astype(np.int32)
-        chunks.append(pa.Array.from_buffers(pa.binary(), last - first, [None, pa.py_buffer(starts), content]))
-        first = last
-    return pa.chunked_array(chunks)
-
-
-Fail = Callable[[int, str], ShardDamage]
-
-
-def _typed(column: pa.ChunkedArray, spec: FieldSpec, fail: Fail) -> pa.ChunkedArray:
-    """Raw member contents as the field's column type."""
-    wanted = spec.arrow_type
-    if wanted == pa.binary():
-        return column
-    if wanted == pa.string():
+def _from_whole(request: Request, content: Content) -> tuple[Rows, ShardDamage | None]:
+    """The rows of a whole shard, and what is wrong with it if the policy lets that pass."""
+    info = request.manifest.shards[request.i]
+    sound = content.data.size == info.bytes and (content.trusted or content.digest is None)
+    if not sound:
+        if request.policy != "sample":
+            raise _diagnosis(request, content)
         try:
-            return column.cast(pa.string())
-        except pa.ArrowInvalid:
-            row = _first_bad(column, lambda raw: raw.decode("utf-8"))
-            raise fail(row, "its text isn't UTF-8") from None
-    rows = []
-    for i, raw in enumerate(column.to_pylist()):
-        try:
-            array = np.load(io.BytesIO(raw), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise fail(i, f"its array isn't readable as NPY: {error}") from None
-        if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
-            found = f"{array.dtype}{list(array.shape)}"
-            raise fail(i, f"its array is {found}, the manifest says {spec.dtype}{list(spec.shape or ())}") from None
-        rows.append(array.ravel())
-    flat = np.concatenate(rows) if rows else np.empty(0, dtype=spec.dtype)
-    return pa.chunked_array([pa.FixedSizeListArray.from_arrays(pa.array(flat), type=wanted)])
+            damage = _diagnosis(request, content)
+        except ShardDamage as found:
+            damage = found
+        return _salvaged(request, content, damage), damage
+    index = None
+    if content.trusted and not store.is_uri(request.path):  # a remote index costs more than the parse it saves
+        index = read_index(request.manifest, request.i)
+    places = index.places if index is not None else locate(content.data, request.manifest, request.i)
+    rows = _rows_of(request, content.data, places, content.trusted)
+    return rows, None
 
 
-def _parse_labels(raw: pa.ChunkedArray, spec: LabelSpec, fail: Fail) -> dict[str, pa.ChunkedArray]:
-    if spec.form == "single":
-        try:
-            return {"label": pc.utf8_trim_whitespace(raw.cast(pa.string())).cast(pa.int64())}
-        except pa.ArrowInvalid:
-            row = _first_bad(raw, lambda text: pa.scalar(text.decode().strip()).cast(pa.int64()))
-            raise fail(row, f"its label {raw[row].as_py()[:40]!r} isn't an integer") from None
-    objects: list[dict[str, Any]] = []
-    for row, text in enumerate(raw.to_pylist()):
-        try:
-            objects.append(json.loads(text))
-            _ = [objects[-1][name] for name in spec.columns]
-        except (ValueError, KeyError, TypeError, IndexError):
-            needed = ", ".join(spec.columns)
-            raise fail(row, f"its labels.json {text[:60]!r} isn't an object with {needed}") from None
-    out = {}
-    for name, kind in spec.columns.items():
-        values = [o[name] for o in objects]
-        try:
-            out[name] = pa.chunked_array([pa.array(values, kind)])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            row = next(i for i, v in enumerate(values) if not _fits(v, kind))
-            raise fail(row, f"its {name} {values[row]!r} isn't of type {kind}") from None
-    return out
+def _rows_of(request: Request, data: pa.Buffer, places: Places, trusted: bool) -> Rows:
+    if request.manifest.layout == "packed":
+        blocks, first = [], 0
+        for table in read_blocks(data, places, request.manifest, request.i, trusted):
+            blocks.append((first, table))
+            first += table.num_rows
+        _check_count(request, first)
+        return rows_of_packed(request, blocks, np.arange(first), {})
+    nowhere = np.zeros(len(places), dtype=np.int64)
+    if request.policy == "sample":  # with a wrong count no place in the shard is certain
+        _check_count(request, len(places))
+    rows = rows_of_tar(request, places, np.arange(len(places)), Spans([data], nowhere, nowhere, nowhere), {})
+    _check_count(request, len(places))
+    return rows
 
 
-def _fits(value: Any, kind: pa.DataType) -> bool:
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return False
-    return True
+def _check_count(request: Request, found: int) -> None:
+    if found != request.samples:
+        raise ShardDamage.of(request.path, "wrong number of samples", found=found, expected=request.samples)
 
 
-def _first_bad(column: pa.ChunkedArray, parse: Callable[[bytes], object]) -> int:
-    for row, raw in enumerate(column.to_pylist()):
-        try:
-            parse(raw)
-        except (ValueError, pa.ArrowInvalid):
-            return row
-    raise AssertionError("every value parses one by one, but not together")
-
-
-# --- layout "packed" and overlays ----------------------------------------------------------------------
-
-
-def _unpack(data: pa.Buffer, index: TarIndex, manifest: Manifest, path: str, labelled: bool, trusted: bool) -> pa.Table:
-    schema = manifest.schema
-    if not labelled:
-        schema = pa.schema([f for f in schema if f.name not in LABEL_COLUMNS])
-    tables: list[pa.Table] = []
-    for name, offset, size in zip(index.names, index.offsets, index.sizes, strict=True):
-        found = sum(t.num_rows for t in tables)
-        if not name.endswith(".arrow"):
-            raise ShardDamage.of(path, f"member {name!r} isn't an .arrow block of a packed shard", offset, found=found)
-        try:
-            table = pa.ipc.open_stream(data.slice(offset, size)).read_all().select(schema.names)
-            if not trusted:  # bytes nobody vouches for may hold offsets that lead anywhere
-                table.validate(full=True)
-            tables.append(table if table.schema.equals(schema) else table.cast(schema))
-        except (pa.ArrowException, KeyError, OSError) as error:
-            reason = f"block {name!r} can't be read ({error})"
-            raise ShardDamage.of(path, reason, offset, name.removesuffix(".arrow"), found) from None
-    return pa.concat_tables(tables) if tables else schema.empty_table()
-
-
-def _read_overlay(manifest: Manifest, i: int, verify: bool) -> pa.Table:
-    """The overlay file of shard `i`: `key` and label columns."""
-    info, path = manifest.shards[i], manifest.labels_path(i)
-    assert path is not None
-    data = store.read_bytes(path)
-    if verify and hashlib.sha256(data).hexdigest() != info.labels_sha256:
-        raise DataError(
-            f"{path}: the labels changed since they were written (sha256 differs). Write the overlay again."
-        )
-    try:
-        table = pa.ipc.open_file(data).read_all().select(["key", *manifest.label.columns])
-        if not verify:
-            table.validate(full=True)
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise DataError(f"{path}: the labels can't be read ({error}). Write the overlay again.") from None
-    if table.num_rows != info.samples:
-        raise DataError(f"{path}: {table.num_rows} labels for {info.samples} samples. Write the overlay again.")
-    return table
-
-
-def _check_aligned(keys: pa.ChunkedArray, other: pa.ChunkedArray, labels_path: str, shard_path: str) -> None:
-    if keys.equals(other):
-        return
-    row = pc.index(pc.equal(keys, other), False).as_py()
-    raise DataError(
-        f"{labels_path}: row {row} labels sample {other[row].as_py()!r}, but {shard_path} has "
-        f"{keys[row].as_py()!r} there. Labels of an overlay lie row for row beside their shard: write the "
-        "overlay again in the shard's order."
+def _diagnosis(request: Request, content: Content) -> ShardDamage:
+    """What is wrong with a shard whose size or hash is: the structure is looked at, to say where."""
+    info, path = request.manifest.shards[request.i], request.path
+    strict = Request(request.manifest, request.i, tuple(request.manifest.fields), request.verify, "raise")
+    places = locate(content.data, request.manifest, request.i)
+    rows = _rows_of(strict, content.data, places, trusted=False)
+    if content.data.size != info.bytes:
+        reason = f"{content.data.size} bytes long instead of {info.bytes}"
+        return ShardDamage.of(path, reason, found=len(rows.number), expected=info.samples)
+    reason = (
+        f"the content changed since it was written (sha256 {(content.digest or '')[:12]}..., not {info.sha256[:12]}...)"
     )
+    index = read_index(request.manifest, request.i)
+    view = memoryview(content.data).cast("B")
+    for entry in range(len(index.places) if index is not None else 0):
+        assert index is not None
+        if not index.intact(view, 0, entry):
+            offset = int(index.places.start[entry])
+            key = index.places.keys[entry].as_py() if index.rows is None else None  # a block holds many
+            return ShardDamage.of(path, reason, offset, key, None, info.samples)
+    return ShardDamage.of(path, reason, found=len(rows.number), expected=info.samples)
+
+
+def _salvaged(request: Request, content: Content, damage: ShardDamage) -> Rows:
+    """The rows that are certain in spite of damage; the others are holes. Raises `damage` when none is."""
+    number = np.arange(request.samples)
+    index = read_index(request.manifest, request.i)
+    if index is not None:
+        return _from_index(request, index, number, [(0, content.data)], damage.reason)
+    reason = f"not certain in a damaged shard: {damage.reason}"
+    if request.manifest.layout == "packed":
+        blocks = certain_blocks(content.data, request.manifest, request.i, damage)
+        lost = np.ones(len(number), dtype=bool)
+        for first, table in blocks:
+            lost[first : first + table.num_rows] = False
+        bad: Bad = dict.fromkeys(np.flatnonzero(lost).tolist(), (reason, damage.offset))
+        return rows_of_packed(request, blocks, number, bad)
+    places, certain = certain_samples(content.data, request.manifest, request.i, damage)
+    nowhere = np.zeros(len(number), dtype=np.int64)
+    bad = dict.fromkeys(np.flatnonzero(~certain).tolist(), (reason, damage.offset))
+    return rows_of_tar(request, places, number, Spans([content.data], nowhere, nowhere, nowhere), bad)
+
+
+def _quarantined(request: Request, damage: ShardDamage) -> Rows:
+    """Every sample as a hole."""
+    reason = f"shard quarantined: {damage.reason}"
+    keys = None
+    if request.manifest.layout == "tar" and (index := read_index(request.manifest, request.i)) is not None:
+        keys = index.places.keys
+    return empty_rows(request, dict.fromkeys(range(request.samples), (reason, damage.offset)), keys)
+
+
+# --- ranges, and whatever has an index -----------------------------------------------------------------
+
+
+def _from_ranges(request: Request, asked: np.ndarray) -> Rows | None:
+    """The rows `asked`, from the ranges that hold them; None when the whole shard must be read."""
+    info, path = request.manifest.shards[request.i], request.path
+    gap = _GAP_REMOTE if store.is_uri(path) else _GAP_LOCAL
+    if info.index is None or info.bytes <= gap or len(asked) == info.samples:
+        return None
+    if len(asked) and (asked[0] < 0 or asked[-1] >= info.samples):
+        raise IndexError(f"{path}: no row {int(asked[0] if asked[0] < 0 else asked[-1])}; it has {info.samples}")
+    index = read_index(request.manifest, request.i)
+    if index is None or (ranges := plan_ranges(index, np.unique(index.entries(asked)), info.bytes, gap)) is None:
+        return None
+    buffers = fetch_ranges(path, ranges)
+    parts = [(start, data) for (start, _), data in zip(ranges, buffers, strict=True)]
+    return _from_index(request, index, asked, parts, "its bytes aren't there: the shard is cut")
+
+
+def _from_index(
+    request: Request, index: ShardIndex, number: np.ndarray, parts: list[tuple[int, pa.Buffer]], why: str
+) -> Rows:
+    """The rows `number` from `parts` of the shard (byte offset, content), each entry checked by the index."""
+    entries = index.entries(number)
+    needed = np.unique(entries)
+    starts = np.array([start for start, _ in parts], dtype=np.int64)
+    part_of = np.searchsorted(starts, index.places.start[needed], side="right") - 1
+    views = [memoryview(data).cast("B") for _, data in parts]
+    wrong: dict[int, str] = {}
+    for entry, part in zip(needed.tolist(), part_of.tolist(), strict=True):
+        stop = int(index.places.stop[entry]) - int(starts[part])
+        if stop > len(views[part]):
+            wrong[entry] = "the shard is cut before its end"
+        elif request.verify and not index.intact(views[part], int(starts[part]), entry):
+            wrong[entry] = "its bytes changed since they were written (crc32 differs)"
+    if wrong and request.policy != "sample":
+        entry = next(iter(wrong))
+        key, at = index.places.keys[entry].as_py(), int(index.places.start[entry])
+        what = "block" if index.rows is not None else "sample"
+        raise ShardDamage.of(request.path, f"{what} {key!r}: {wrong[entry]}", at, key, None, request.samples)
+    bad: Bad = {}
+    for k, entry in enumerate(entries.tolist()):
+        if entry in wrong:
+            bad[k] = (wrong[entry], int(index.places.start[entry]))
+    buffers = [data for _, data in parts]
+    if request.manifest.layout == "tar":
+        mine = part_of[np.searchsorted(needed, entries)]
+        where = Spans(buffers, mine, starts[mine], np.zeros(len(mine), dtype=np.int64))
+        return rows_of_tar(request, index.places, number, where, bad)
+    schema, first = block_schema(request.manifest, request.i), index.first
+    offset, size = index.places.member((BLOCK_EXT,))
+    blocks = []
+    for entry, p in zip(needed.tolist(), part_of.tolist(), strict=True):
+        if entry in wrong:
+            continue
+        raw = buffers[p].slice(int(offset[entry] - starts[p]), int(size[entry]))
+        try:
+            blocks.append((int(first[entry]), read_block(raw, schema, trusted=False)))
+        except ValueError as error:
+            reason = f"block {index.places.keys[entry].as_py()!r} can't be read ({error})"
+            raise ShardDamage.of(request.path, reason, int(offset[entry]), None, None, request.samples) from None
+    return rows_of_packed(request, blocks, number, bad)

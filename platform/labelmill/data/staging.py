@@ -81,6 +81,6 @@ def check_free(out: str, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"{out}: a data set is there already. Name another folder, or ask to overwrite it.")
     old = load_manifest(out)
-    mine = {MANIFEST_FILE, old.classes, *(s.path for s in old.shards), *(s.labels for s in old.shards)}
+    mine = {MANIFEST_FILE, old.classes, *(f for s in old.shards for f in (s.path, s.labels, s.index))}
     if foreign := [file for file in files if file not in mine]:
         raise DataError(f"{out}: won't overwrite: {foreign[0]!r} isn't part of the data set there. Move it away first.")

@@ -1,30 +1,39 @@
 """A rank's view of a stream: batches of decoded samples with labels, in an order fixed by the plan.
 
-The reader runs ahead in a thread (fetch, decode, the encoder's `prepare`), so the training step finds its batch
-ready. The cursor is not kept here: readers run ahead, and only the step that used a batch commits it.
+Threads run ahead: one fetches, others decode and prepare whole batches, so the training step finds its batch ready. The
+cursor is not kept here: readers run ahead, and only the step that used a batch commits it.
 
 Shape legend: B samples of the rank's slice of a global batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import queue
+import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from labelmill.data.decode import decode_images
+from labelmill.data.decode import binary_views, decode_views
 from labelmill.data.labels import Labels, labels_from_table
 from labelmill.data.plan import padded_share, share
-from labelmill.data.source import POSITION, Coordinator, StreamSpec, read_window
+from labelmill.data.reading import POSITION, STATS
+from labelmill.data.shards import HOLE
+from labelmill.data.source import BatchSource
+from labelmill.data.spec import AnySpec
 from labelmill.encoders.hashing import sample_keys
 from labelmill.errors import DataError
+
+_KEPT = 16
 
 Prepare = Callable[[Any, Labels, np.ndarray | None], Any]
 """Encoder side of decoding: raw field values (list of text or uint8 (B, H, W, C)), the labels and, for augmentation, a
@@ -71,180 +80,198 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return value
 
 
-class BatchSource(Protocol):
-    """Where a rank's rows come from."""
+class Memory:
+    """Batch arrays that are used again once nothing refers to them: fresh pages cost more than half of decoding."""
 
-    def table(self, step: int) -> pa.Table | None:
-        """Rank's rows of global batch `step`; None past the end."""
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
 
-    def report_bad(self, bad: list[tuple[str, str]]) -> int:
-        """Counts bad samples over all ranks; returns the total."""
-
-
-class RaySource:
-    """Rows through the object store, handed out by a coordinator actor."""
-
-    def __init__(self, coordinator: Any, rank: int) -> None:
-        self._coordinator, self._rank = coordinator, rank
-        self._cache: dict[Any, pa.Table] = {}
-
-    @staticmethod
-    def start(spec: StreamSpec, world: int, read_cpus: float, name: str) -> Any:
-        """Starts the coordinator of a stream; it lives as long as the handle that is returned."""
-        import ray
-
-        actor: Any = ray.remote(Coordinator)
-        return actor.options(num_cpus=0, name=name).remote(spec, world, read_cpus)
-
-    @staticmethod
-    def find(name: str) -> Any:
-        """The handle of a coordinator that another rank has started."""
-        import ray
-
-        return ray.get_actor(name)
-
-    def table(self, step: int) -> pa.Table | None:
-        import ray
-
-        pieces = ray.get(self._coordinator.fetch.remote(step, self._rank))
-        if pieces is None:
-            return None
-        live: dict[Any, pa.Table] = {}
-        parts = []
-        for (ref,), lo, hi in pieces:
-            live[ref] = self._cache[ref] if ref in self._cache else ray.get(ref)
-            parts.append(live[ref].slice(lo, hi - lo))
-        self._cache = live
-        return pa.concat_tables(parts)
-
-    def report_bad(self, bad: list[tuple[str, str]]) -> int:
-        import ray
-
-        return ray.get(self._coordinator.report_bad.remote(bad))
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A uint8 array with any content. It is the caller's until the last reference to it (or a view) is gone."""
+        with self._lock:
+            for array in self._arrays:
+                # the list, the loop variable and the argument of getrefcount
+                if array.shape == shape and sys.getrefcount(array) == 3:
+                    return array
+            self._arrays = [array for array in self._arrays if sys.getrefcount(array) > 3][-_KEPT:]
+            self._arrays.append(np.empty(shape, np.uint8))
+            return self._arrays[-1]
 
 
-class LocalSource:
-    """Rows read in this process, without Ray: small data, tests, single-process tools."""
+@dataclass
+class ReadStats:
+    """What this rank saw of its stream's reading; over all ranks each window counts once.
 
-    def __init__(self, spec: StreamSpec, rank: int = 0, world: int = 1) -> None:
-        self._spec, self._rank, self._world = spec, rank, world
-        self._windows: dict[int, pa.Table] = {}
-        self._bad: dict[str, str] = {}
+    Attributes:
+        samples: rows of this rank's batches, padding left out.
+        fetch_seconds, bytes: of the windows whose first sample came to this rank.
+        retries: of storage requests, by reason.
+        damage: [shard, byte offset, key, reason] of damaged places (at most 20 a shard).
+    """
 
-    def table(self, step: int) -> pa.Table | None:
-        spec = self._spec
-        if step >= spec.steps:
-            return None
-        lo, hi = padded_share(*spec.batch_range(step), self._rank, self._world)
-        parts, live = [], {}
-        for window in spec.plan.windows(lo, hi):
-            table = self._windows.get(window.start)
-            live[window.start] = read_window(spec, window) if table is None else table
-            first = max(window.start, spec.start)
-            a, z = max(lo, first) - first, min(hi, window.stop) - first
-            parts.append(live[window.start].slice(a, z - a))
-        self._windows = live
-        return pa.concat_tables(parts)
+    samples: int = 0
+    fetch_seconds: float = 0.0
+    bytes: int = 0
+    retries: Counter[str] = field(default_factory=Counter)
+    damage: list[list[Any]] = field(default_factory=list)
 
-    def report_bad(self, bad: list[tuple[str, str]]) -> int:
-        self._bad.update(bad)
-        return len(self._bad)
+    def add(self, table: pa.Table) -> None:
+        """Takes the note of a block's first row."""
+        note = (table.schema.metadata or {}).get(STATS)
+        if note is None or not table.num_rows:
+            return
+        found = json.loads(note)
+        self.fetch_seconds += found["fetch_seconds"]
+        self.bytes += found["bytes"]
+        self.retries.update(found["retries"])
+        self.damage += found["damage"]
 
 
 class RankStream:
-    """Iterates a rank's batches, reading ahead in a thread.
+    """Iterates a rank's batches, prepared ahead by threads; order and content don't depend on their number.
 
     Args:
         spec: the stream.
         source: where rows come from.
         rank, world: whose slice of each global batch.
-        prepare: the encoder's CPU side.
+        prepare: the encoder's CPU side; never called twice at once.
         augment: pass per-sample randomness to `prepare`; keyed by position, so equal for any number of workers.
         ahead: batches prepared in advance.
-        on_bad: called with the (key, reason) pairs of undecodable samples.
+        threads: that decode and prepare whole batches side by side; `spec.reading.threads` goes first.
+        on_bad: called with the (key, reason) pairs of holes.
+
+    Decoded images handed to `prepare` lie in memory that is used again when nothing refers to it any more.
 
     Raises (from iteration): DataError when a shard is damaged or more samples are bad than the stream allows.
     """
 
     def __init__(
         self,
-        spec: StreamSpec,
+        spec: AnySpec,
         source: BatchSource,
         rank: int,
         world: int,
         prepare: Prepare,
         augment: bool = False,
         ahead: int = 2,
+        threads: int = 1,
         on_bad: Callable[[list[tuple[str, str]]], None] | None = None,
     ) -> None:
         self.spec = spec
+        self.stats = ReadStats()
         self._source, self._prepare, self._augment, self._on_bad = source, prepare, augment, on_bad
-        self._rank, self._world, self._ahead = rank, world, ahead
-        self.read_seconds = 0.0
+        self._rank, self._world = rank, world
+        self._threads = spec.reading.threads or threads
+        self._ahead = max(ahead, self._threads)
+        self._preparing = threading.Lock()
+        self._memory = Memory()
 
-    def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=self._ahead)
+    def __iter__(self) -> Generator[Batch, None, None]:
+        # a slot for each batch that is under way or waits
+        ready: queue.Queue[Future[Batch] | None] = queue.Queue(maxsize=self._ahead)
         stop = threading.Event()
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="stream-decode")
 
-        def offer(item: Batch | BaseException | None) -> bool:
+        def offer(item: Future[Batch] | None) -> bool:
             while not stop.is_set():
-                try:
+                with contextlib.suppress(queue.Full):
                     ready.put(item, timeout=0.2)
                     return True
-                except queue.Full:
-                    continue
             return False
 
-        def run() -> None:
+        def fetch() -> None:
             try:
                 for step in range(self.spec.steps):
-                    began = time.perf_counter()
-                    table = self._source.table(step)
-                    if table is None:
+                    parts = self._source.pieces(step)
+                    if parts is None or not offer(pool.submit(self._batch, parts, step)):
                         break
-                    batch = self._batch(table, step)
-                    self.read_seconds += time.perf_counter() - began
-                    if not offer(batch):
-                        return
                 offer(None)
             except BaseException as error:
-                offer(error)
+                failed: Future[Batch] = Future()
+                failed.set_exception(error)
+                offer(failed)
 
-        threading.Thread(target=run, name="stream-reader", daemon=True).start()
+        threading.Thread(target=fetch, name="stream-fetch", daemon=True).start()
         try:
             while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                yield item.result()
         finally:
             stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._source.close()
 
-    def _batch(self, table: pa.Table, step: int) -> Batch:
+    def _batch(self, parts: list[list[pa.Table]], step: int) -> Batch:
         spec = self.spec
+        tables = [table for part in parts for table in part]
+        for table in tables:
+            self.stats.add(table)
         lo, hi = share(*spec.batch_range(step), self._rank, self._world)
-        keys = table.column("key").to_pylist()
-        positions_B = table.column(POSITION).to_numpy()
+        first, last = padded_share(*spec.batch_range(step), self._rank, self._world)
+        order = spec.split(first, last)[1]
+        positions_B = np.arange(first, last)
         # rows outside the share are padding for a batch smaller than the world
         weight_B = ((positions_B >= lo) & (positions_B < hi)).astype(np.float32)
-        labels = labels_from_table(table, spec.manifest.label)
+        self.stats.samples += hi - lo
+        small = pa.concat_tables([t.drop_columns([spec.field]) if spec.field else t for t in tables])
+        small = small if order is None else small.take(pa.array(order))
+        keys = small.column("key").to_pylist()
+        labels = labels_from_table(small, spec.label)
+        bad = _holes(small, keys)
         inputs: Any = None
         if spec.field:
-            raw, valid_B, bad = self._decode(table, keys)
+            raw, valid_B, undecodable = self._decode(tables, small, keys, order)
             weight_B[~valid_B] = 0.0
-            if bad:
-                self._note_bad(bad)
+            bad += undecodable
             keys_B = sample_keys(spec.seed, 0, positions_B) if self._augment else None
-            inputs = self._prepare(raw, labels, keys_B)
-        known = {"key", POSITION, spec.field, "label", "label_weight", "label_negative"}
-        extra = {name: table.column(name).to_pylist() for name in table.column_names if name not in known}
-        return Batch(keys, inputs, labels, torch.from_numpy(weight_B), torch.from_numpy(positions_B.copy()), extra)
+            with self._preparing:
+                inputs = self._prepare(raw, labels, keys_B)
+        else:
+            weight_B[~small.column(HOLE).is_null().to_numpy()] = 0.0
+        if bad:
+            self._note_bad(bad)
+        known = {"key", POSITION, HOLE, "label", "label_weight", "label_negative"}
+        extra = {name: small.column(name).to_pylist() for name in small.column_names if name not in known}
+        return Batch(keys, inputs, labels, torch.from_numpy(weight_B), torch.from_numpy(positions_B), extra)
 
-    def _decode(self, table: pa.Table, keys: list[str]) -> tuple[Any, np.ndarray, list[tuple[str, str]]]:
-        spec = self.spec
-        column = table.column(spec.field)
-        if spec.manifest.fields[spec.field].kind == "image":
-            return decode_images(column, keys, size=spec.image_size, channels=spec.channels)
-        return column.to_pylist(), np.ones(len(keys), dtype=bool), []
+    def _decode(
+        self, tables: list[pa.Table], small: pa.Table, keys: list[str], order: np.ndarray | None
+    ) -> tuple[Any, np.ndarray, list[tuple[str, str]]]:
+        spec, field_spec = self.spec, self.spec.field_spec
+        columns = [table.column(spec.field) for table in tables]
+        valid_B = small.column(HOLE).is_null().to_numpy(zero_copy_only=False)
+        if field_spec is None or field_spec.kind != "image":
+            return _values(columns, order), valid_B, []
+        if pa.types.is_fixed_size_list(columns[0].type):
+            return self._decoded(tables, order), valid_B, []
+        views = [view for column in columns for view in binary_views(column)]
+        if order is not None:
+            views = [views[i] for i in order]
+        images, decoded_B, bad = decode_views(
+            views, keys, spec.image_size, spec.channels, skip_B=~valid_B, memory=self._memory.take
+        )
+        return images, decoded_B, bad
+
+    def _decoded(self, tables: list[pa.Table], order: np.ndarray | None) -> np.ndarray:
+        """Images that a task has decoded: one copy, out of the object store's read-only memory."""
+        field_name = self.spec.field
+        shapes = {table.schema.field(field_name).metadata[b"shape"] for table in tables}
+        if len(shapes) > 1:
+            raise DataError(
+                f"data set {self.spec.name!r}: images differ in size ({' and '.join(s.decode() for s in sorted(shapes))}). "
+                "Give a size that every image is resized to (image_size)."
+            )
+        rows = sum(table.num_rows for table in tables)
+        out = self._memory.take((rows, *json.loads(shapes.pop())))
+        flat, place = out.reshape(rows, -1), 0
+        target = None if order is None else np.argsort(order)
+        for table in tables:
+            for chunk in table.column(field_name).chunks:
+                images = chunk.flatten().to_numpy().reshape(len(chunk), -1)
+                where = slice(place, place + len(chunk)) if target is None else target[place : place + len(chunk)]
+                flat[where] = images
+                place += len(chunk)
+        return out
 
     def _note_bad(self, bad: list[tuple[str, str]]) -> None:
         if self._on_bad:
@@ -253,7 +280,19 @@ class RankStream:
         if total > self.spec.max_bad_samples:
             key, reason = bad[0]
             raise DataError(
-                f"data set {self.spec.manifest.name!r}: sample {key!r} can't be decoded: {reason}. {total} bad "
-                f"sample(s) so far, the job allows {self.spec.max_bad_samples}. Repair the sample, or raise "
+                f"data set {self.spec.name!r}: sample {key!r} can't be used: {reason}. {total} bad "
+                f"sample(s) so far, the job allows {self.spec.max_bad_samples}. Repair the data, or raise "
                 "data.max_bad_samples to let such samples become holes that are counted and named in the report."
             )
+
+
+def _holes(table: pa.Table, keys: list[str]) -> list[tuple[str, str]]:
+    holes = table.column(HOLE)
+    if holes.null_count == len(holes):
+        return []
+    return [(key, reason) for key, reason in zip(keys, holes.to_pylist(), strict=True) if reason is not None]
+
+
+def _values(columns: list[pa.ChunkedArray], order: np.ndarray | None) -> list[Any]:
+    values = [value for column in columns for value in column.to_pylist()]
+    return values if order is None else [values[i] for i in order]

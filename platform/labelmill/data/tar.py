@@ -38,6 +38,7 @@ class TarIndex:
         names: member names.
         offsets: byte offset of each member's content.
         sizes: bytes of each member's content.
+        starts: byte offset of each member's first header, long-name headers included.
         end: byte offset behind the last member.
         ended: whether the end-of-archive marker is there. Without it the tar may have been cut between two
             members.
@@ -46,12 +47,13 @@ class TarIndex:
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     end: int = 0
     ended: bool = False
 
     def head(self, count: int) -> TarIndex:
         """The first `count` members."""
-        return TarIndex(self.names[:count], self.offsets[:count], self.sizes[:count])
+        return TarIndex(self.names[:count], self.offsets[:count], self.sizes[:count], self.starts[:count])
 
 
 class TarDamage(ValueError):
@@ -134,6 +136,7 @@ def _walk(data: memoryview, index: TarIndex, headers: list[int], owners: list[in
             names.append(name)
             offsets.append(body)
             sizes.append(size)
+            index.starts.append(start)
             long_name = long_size = None
             continue
         if body + size > total:
@@ -175,7 +178,7 @@ def _first_bad_checksum(data: memoryview, headers: list[int]) -> int | None:
         # the checksum field itself counts as eight spaces
         sums = rows.sum(axis=1, dtype=np.int64) - rows[:, 148:156].sum(axis=1, dtype=np.int64) + 256
         for i in np.flatnonzero(sums != _octal_checksums(rows)):
-            if not _checksum_is(bytes(rows[i])):
+            if not checksum_is(bytes(rows[i])):
                 return first + int(i)
     return None
 
@@ -187,7 +190,7 @@ def _octal_checksums(rows: np.ndarray) -> np.ndarray:
     return np.where(((digits < 0) | (digits > 7)).any(axis=1), -1, value)
 
 
-def _checksum_is(header: bytes) -> bool:
+def checksum_is(header: bytes) -> bool:
     """One header's checksum in any spelling; some old writers summed signed bytes."""
     try:
         wanted = _number(header[148:156])

@@ -1,7 +1,7 @@
 """Taking existing WebDataset tars in place: they are indexed and checked, not copied.
 
-The result is a manifest with absolute paths. Labels stay in the tars where they are ids; names, and labels
-inside `json` members, are turned into ids in small files beside the manifest.
+The result is a manifest with absolute paths, and an index of each tar beside it. Labels stay in the tars where they are
+ids; names, and labels inside `json` members, are turned into ids in small files beside the manifest.
 """
 
 from __future__ import annotations
@@ -19,32 +19,41 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from labelmill.data import store
 from labelmill.data.columns import ImportedLabels, LabelSource, read_labels_of
+from labelmill.data.damage import ShardDamage
 from labelmill.data.images import IMAGE_EXTS
+from labelmill.data.index import MAX_EXTS, ShardIndex, build_index, index_bytes, index_names
 from labelmill.data.keys import check_unique
 from labelmill.data.labels import Form, LabelSpec, count_labels
 from labelmill.data.manifest import CLASSES_FILE, FieldSpec, Manifest, ShardInfo, classes_bytes
 from labelmill.data.overlay import write_label_overlay
-from labelmill.data.shards import ShardDamage, group_members
+from labelmill.data.scan import Places, group_members
+from labelmill.data.spans import Spans
 from labelmill.data.staging import Staging, check_free
 from labelmill.data.tar import TarDamage, parse_tar
 from labelmill.data.writer import with_counts
 from labelmill.errors import DataError
 
-_LABEL_EXTS = ("cls", "labels.json", "json")
-_KINDS: dict[str, tuple[Literal["text", "array"], str]] = {"txt": ("text", "text"), "npy": ("array", "array")}
+_KINDS: dict[str, tuple[Literal["text", "array", "safetensors", "arrow"], str]] = {
+    "txt": ("text", "text"),
+    "npy": ("array", "array"),
+    "safetensors": ("safetensors", "tensors"),
+    "arrow": ("arrow", "table"),
+}
 _PARTS = {"label", "label_weight", "label_negative"}
 
 
 @dataclass
 class _Scan:
-    """What the tars hold."""
+    """What the tars hold: per sample only Arrow columns, never Python objects."""
 
+    label_exts: tuple[str, ...]
     shards: list[ShardInfo] = field(default_factory=list)
     keys: list[pa.Array] = field(default_factory=list)
-    raw: dict[str, list[bytes | None]] = field(default_factory=lambda: {e: [] for e in _LABEL_EXTS})
+    raw: dict[str, list[pa.ChunkedArray]] = field(default_factory=dict)  # label members, null where a sample has none
     shapes: Counter[tuple[str, ...]] = field(default_factory=Counter)  # sets of extensions
     example: dict[tuple[str, ...], str] = field(default_factory=dict)  # a sample that has just these
 
@@ -76,8 +85,8 @@ def import_webdataset(
     """Indexes tars in place.
 
     Fields follow from the extensions: images (all image extensions together are `image`; with a prefix, as in
-    `left.png`, they are `left`), `txt` is `text`, `npy` is `array`; other members are left alone. Labels come
-    from `cls` (one id or name), else `labels.json`, else there are none.
+    `left.png`, they are `left`), `txt` is `text`, `npy` is `array`, `safetensors` is `tensors`, `arrow` is `table`; other
+    members are left alone. Labels come from `cls` (one id or name), else `labels.json`, else there are none.
 
     Args:
         paths: a folder, a glob pattern, a brace range `shard-{0000..0099}.tar`, or a list of tars.
@@ -95,9 +104,30 @@ def import_webdataset(
     place = store.normal(out)
     check_free(place, overwrite)
     tars = find_tars(paths)
-    scan = _Scan()
-    for path in tars:
-        _scan_tar(path, scan)
+    staging = Staging(place, overwrite)
+    try:
+        scan = _Scan(("json",) if label_field is not None else ("cls", "labels.json"))
+        for path, index_name in zip(tars, index_names(tars), strict=True):
+            _scan_tar(path, scan, staging, index_name)
+        return {"all": _import(tars, scan, staging, name, fields, label_form, label_field, num_classes, class_names)}
+    except BaseException:
+        staging.discard()
+        raise
+
+
+def _import(
+    tars: list[str],
+    scan: _Scan,
+    staging: Staging,
+    name: str | None,
+    fields: Mapping[str, FieldSpec] | None,
+    label_form: Form | None,
+    label_field: str | None,
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+) -> Manifest:
+    """The manifest of scanned tars."""
+    place = staging.out
     check_unique(pa.chunked_array(scan.keys), tars[0] if len(tars) == 1 else os.path.dirname(tars[0]))
     specs = dict(fields) if fields is not None else _infer_fields(scan)
     for field_name, spec in specs.items():
@@ -125,12 +155,12 @@ def import_webdataset(
             num_classes=num_classes,
             class_names=class_names,
         )
-    labels = read_labels_of(pa.table(columns), source, f"{os.path.dirname(tars[0])} (labels)", keys.to_pylist())
+    labels = read_labels_of(pa.table(columns), source, f"{os.path.dirname(tars[0])} (labels)", keys)
     if in_place:
-        return {"all": _commit(draft, labels, Staging(place, overwrite))}
+        return _commit(draft, labels, staging)
     table = pa.table({"key": keys, **labels.columns})
     starts = np.cumsum([0, *(s.samples for s in scan.shards)])
-    manifest = write_label_overlay(
+    return write_label_overlay(
         draft.at(place),
         place,
         labels.spec,
@@ -139,24 +169,19 @@ def import_webdataset(
         created_by=draft.created_by,
         check_keys_align=False,
         parents=(),
-        overwrite=overwrite,
+        staging=staging,
     )
-    return {"all": manifest}
 
 
 def _commit(draft: Manifest, labels: ImportedLabels, staging: Staging) -> Manifest:
     """The manifest and label space of tars that hold their labels as ids."""
     update: dict[str, Any] = {"label": labels.spec}
-    try:
-        if labels.classes is not None:
-            counts = count_labels(pa.table(labels.columns), labels.spec)
-            data = classes_bytes(with_counts(labels.classes, labels.spec, counts, staging.out))
-            store.write_bytes(staging.path(CLASSES_FILE), data)
-            update |= {"classes": CLASSES_FILE, "classes_sha256": hashlib.sha256(data).hexdigest()}
-        return staging.commit(draft.model_copy(update=update))
-    except BaseException:
-        staging.discard()
-        raise
+    if labels.classes is not None:
+        counts = count_labels(pa.table(labels.columns), labels.spec)
+        data = classes_bytes(with_counts(labels.classes, labels.spec, counts, staging.out))
+        store.write_bytes(staging.path(CLASSES_FILE), data)
+        update |= {"classes": CLASSES_FILE, "classes_sha256": hashlib.sha256(data).hexdigest()}
+    return staging.commit(draft.model_copy(update=update))
 
 
 # --- finding and scanning ------------------------------------------------------------------------------
@@ -202,35 +227,59 @@ def _matching(path: str) -> list[str]:
     return [path]
 
 
-def _scan_tar(path: str, scan: _Scan) -> None:
+def _scan_tar(path: str, scan: _Scan, staging: Staging, index_name: str) -> None:
+    """Adds a tar to the scan, and writes its index."""
     data = store.read_bytes(path)
-    view = memoryview(data)
+    index = _index(data, path)
+    places = index.places
+    if not len(places):
+        raise DataError(f"{path}: no sample in this tar: members are called <key>.<extension>.")
+    exts = sorted(places.members)
+    if exts == ["arrow"]:
+        raise DataError(f"{path}: a packed shard of a labelmill data set. Use the manifest it was written with.")
+    has = np.stack([places.members[ext][0] >= 0 for ext in exts], axis=1)
+    shapes, first, counts = np.unique(has, axis=0, return_index=True, return_counts=True)
+    for mask, row, count in zip(shapes, first, counts, strict=True):
+        shape = tuple(ext for ext, there in zip(exts, mask, strict=True) if there)
+        scan.shapes[shape] += int(count)
+        scan.example.setdefault(shape, f"{path}: sample {places.keys[int(row)].as_py()!r}")
+    for ext in scan.label_exts:
+        scan.raw.setdefault(ext, []).append(_contents(data, places, ext))
+    scan.keys.append(places.keys)
+    digest = hashlib.sha256(data).hexdigest()
+    info = {"path": path, "samples": len(places), "bytes": data.size, "sha256": digest}
+    if len(exts) <= MAX_EXTS:
+        made = index_bytes(index, digest)
+        store.write_bytes(staging.path(index_name), made)
+        info |= {"index": index_name, "index_sha256": hashlib.sha256(made).hexdigest()}
+    scan.shards.append(ShardInfo.model_validate(info))
+
+
+def _index(data: pa.Buffer, path: str) -> ShardIndex:
+    """Where the samples of a tar lie. Raises ShardDamage, with how many samples are whole, when it's damaged or cut."""
     try:
-        index = parse_tar(view)
-        if not index.ended:
+        index = build_index(data, "tar", path)
+        if not index.places.ended:
+            walked = parse_tar(memoryview(data).cast("B"))
             reason = "no end-of-archive marker, so it may be cut, and nothing says how many samples there should be,"
-            raise TarDamage(reason, index.end, index)
+            raise TarDamage(reason, walked.end, walked)
     except TarDamage as damage:
         before = group_members(damage.index, path).members
         found = sum(m.keys() >= before[0].keys() for m in before)  # as complete as the first
         raise ShardDamage.of(path, damage.reason, damage.offset, found=found) from None
-    samples = group_members(index, path)
-    if not samples.keys:
-        raise DataError(f"{path}: no sample in this tar: members are called <key>.<extension>.")
-    if all(set(m) == {"arrow"} for m in samples.members):
-        raise DataError(f"{path}: a packed shard of a labelmill data set. Use the manifest it was written with.")
-    for key, members in zip(samples.keys, samples.members, strict=True):
-        shape = tuple(sorted(members))
-        scan.shapes[shape] += 1
-        scan.example.setdefault(shape, f"{path}: sample {key!r}")
-        for ext in _LABEL_EXTS:
-            raw = None
-            if (i := members.get(ext)) is not None:
-                raw = bytes(view[index.offsets[i] : index.offsets[i] + index.sizes[i]])
-            scan.raw[ext].append(raw)
-    scan.keys.append(pa.array(samples.keys, pa.string()))
-    digest = hashlib.sha256(data).hexdigest()
-    scan.shards.append(ShardInfo(path=path, samples=len(samples.keys), bytes=data.size, sha256=digest))
+    return index
+
+
+def _contents(data: pa.Buffer, places: Places, ext: str) -> pa.ChunkedArray:
+    """The members of extension `ext` as a binary column, null where a sample has none."""
+    offset, size = places.member((ext,))
+    has = offset >= 0
+    spans = Spans([data], np.zeros(len(places), dtype=np.int64), offset, size)
+    found = spans.take(np.flatnonzero(has)).join(pa.binary())
+    if has.all():
+        return found
+    place = np.where(has, np.cumsum(has) - 1, 0)
+    return found.take(pa.array(place, mask=~has)) if has.any() else pa.chunked_array([pa.nulls(len(has), pa.binary())])
 
 
 # --- what the members mean -----------------------------------------------------------------------------
@@ -253,7 +302,7 @@ def _infer_fields(scan: _Scan) -> dict[str, FieldSpec]:
             fields[prefix if dot else plain] = FieldSpec(kind=kind, ext=ext)
     if not fields:
         raise DataError(
-            f"{scan.shards[0].path}: no member is an image, .txt or .npy (found .{', .'.join(exts)}). Say "
+            f"{scan.shards[0].path}: no member is an image, .txt, .npy, .safetensors or .arrow (found .{', .'.join(exts)}). Say "
             "which fields to read."
         )
     return fields
@@ -281,52 +330,83 @@ def _label_columns(scan: _Scan, form: Form | None, label_field: str | None) -> t
     if _complete(scan, "cls"):
         if form not in (None, "single"):
             raise DataError(f"{scan.shards[0].path}: .cls members hold single labels, not {form!r}.")
-        texts = [(raw or b"").decode("utf-8", "replace").strip() for raw in scan.raw["cls"]]
-        if all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in texts):
-            return {"label": pa.array([int(t) for t in texts], pa.int64())}, "single", True
-        return {"label": pa.array(texts, pa.string())}, "single", False
+        texts = pa.chunked_array([pc.utf8_trim_whitespace(_text(c)) for c in _raw(scan, "cls").chunks], pa.string())
+        if pc.all(pc.match_substring_regex(texts, r"^-?[0-9]{1,18}$")).as_py():
+            return {"label": texts.cast(pa.int64())}, "single", True
+        return {"label": texts}, "single", False
     if _complete(scan, "labels.json"):
-        objects = _objects(scan, "labels.json", "label")
-        names = sorted(n for n in _PARTS if all(n in o for o in objects))
-        columns = {n: _column([o[n] for o in objects], scan, f"labels.json, {n}") for n in names}
+        columns = _json_columns(scan, "labels.json", sorted(_PARTS), "label")
         return columns, form or _form_of(columns), not _is_text(columns["label"])
     if form is not None:
         raise DataError(f"{scan.shards[0].path}: no .cls or .labels.json member to take {form!r} labels from.")
     return {}, "none", True
 
 
+def _raw(scan: _Scan, ext: str) -> pa.ChunkedArray:
+    return pa.chunked_array([c for column in scan.raw[ext] for c in column.chunks], pa.binary())
+
+
+def _text(raw: pa.Array) -> pa.Array:
+    try:
+        return raw.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([value.decode("utf-8", "replace") for value in raw.to_pylist()], pa.string())
+
+
 def _from_json(scan: _Scan, form: Form | None, label_field: str) -> tuple[dict[str, Any], Form, bool]:
     if not _complete(scan, "json"):
         raise DataError(f"{scan.shards[0].path}: no .json member to take {label_field!r} from.")
-    values = [o[label_field] for o in _objects(scan, "json", label_field)]
-    if form == "soft":
-        values = [json.dumps(v) for v in values]
-    columns = {"label": _column(values, scan, f"json, {label_field}")}
+    columns = _json_columns(scan, "json", [label_field], label_field, as_text=form == "soft")
+    columns = {"label": columns[label_field]}
     if form is None:
         kind = columns["label"].type
         form = "single" if pa.types.is_integer(kind) or pa.types.is_string(kind) else _form_of(columns)
     return columns, form, False
 
 
-def _objects(scan: _Scan, ext: str, needed: str) -> list[dict[str, Any]]:
-    out = []
-    for row, raw in enumerate(scan.raw[ext]):
+def _json_columns(
+    scan: _Scan, ext: str, names: Sequence[str], needed: str, as_text: bool = False
+) -> dict[str, pa.ChunkedArray]:
+    """Those of the fields `names` that every `ext` member has, as columns; a shard's objects at a time."""
+    parts: list[dict[str, pa.Array]] = []
+    for shard, (keys, column) in enumerate(zip(scan.keys, scan.raw[ext], strict=True)):
+        objects = []
+        for row, raw in enumerate(column.to_pylist()):
+            try:
+                value = json.loads(raw or b"")
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict) or needed not in value:
+                key = keys[row].as_py()
+                raise DataError(f"sample {key!r}: its .{ext} member isn't a JSON object with a field {needed!r}.")
+            objects.append(value)
         try:
-            value = json.loads(raw or b"")
-        except ValueError:
-            value = None
-        if not isinstance(value, dict) or needed not in value:
-            key = pa.chunked_array(scan.keys)[row].as_py()
-            raise DataError(f"sample {key!r}: its .{ext} member isn't a JSON object with a field {needed!r}.")
-        out.append(value)
-    return out
+            present = [n for n in names if all(n in o for o in objects)]
+            values = {n: [json.dumps(o[n]) if as_text else o[n] for o in objects] for n in present}
+            parts.append({n: pa.array(v) for n, v in values.items()})
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise DataError(f"{scan.shards[shard].path}: {ext}: values of different kinds: {error}") from None
+    common = [n for n in names if all(n in part for part in parts)]
+    return {n: _unified([part[n] for part in parts], f"{scan.shards[0].path}: {ext}, {n}") for n in common}
 
 
-def _column(values: list[Any], scan: _Scan, what: str) -> pa.Array:
+def _unified(parts: list[pa.Array], what: str) -> pa.ChunkedArray:
+    """Columns of all shards as one, of the type that holds all: an empty list in one shard may be names in another."""
+    if len({part.type for part in parts}) == 1:
+        return pa.chunked_array(parts)
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{scan.shards[0].path}: {what}: values of different kinds: {error}") from None
+        examples = pa.array([v for part in parts for v in _telling(part)])
+        return pa.chunked_array([part.cast(examples.type) for part in parts])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{what}: values of different kinds: {error}") from None
+
+
+def _telling(part: pa.Array) -> list[Any]:
+    """A few values that give a column's type away."""
+    if pa.types.is_list(part.type):
+        lengths = pc.fill_null(pc.list_value_length(part), 0)
+        part = part.filter(pc.greater(lengths, 0))
+    return part.drop_null()[:1].to_pylist()
 
 
 def _is_text(column: pa.Array) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from labelmill.data import store
+from labelmill.data.index import build_index, index_bytes, index_names
 from labelmill.data.keys import check_keys, check_unique
 from labelmill.data.labels import LabelSpec, check_labels, count_labels
 from labelmill.data.manifest import (
@@ -42,7 +43,8 @@ _SIGNATURES = {
 
 
 class ShardWriter:
-    """Writes one data set. Use as a context manager, or call `close`; an error leaves nothing behind.
+    """Writes one data set, with an index beside each shard. Use as a context manager, or call `close`; an error
+    leaves nothing behind.
 
     Args:
         out: folder or URI of the data set; must not hold one unless `overwrite`.
@@ -274,14 +276,24 @@ class ShardWriter:
         if not self._samples:
             return
         path = f"{self._draft.name}-{len(self._shards):06d}.tar"
-        digest = hashlib.sha256()
-        pieces = [*self._pieces, END]
-        with store.open_write(self._staging.path(path)) as file:
-            for piece in pieces:
-                digest.update(piece)
-            file.write(b"".join(pieces))
-        info = ShardInfo(path=path, samples=self._samples, bytes=self._bytes + len(END), sha256=digest.hexdigest())
-        self._shards.append(info)
+        data = b"".join([*self._pieces, END])
+        digest = hashlib.sha256(data).hexdigest()
+        store.write_bytes(self._staging.path(path), data)
+        found = build_index(pa.py_buffer(data), self._draft.layout, path)
+        index = index_bytes(found, digest)
+        [name] = index_names([path])
+        store.write_bytes(self._staging.path(name), index)
+        assert found.samples == self._samples
+        self._shards.append(
+            ShardInfo(
+                path=path,
+                samples=self._samples,
+                bytes=len(data),
+                sha256=digest,
+                index=name,
+                index_sha256=hashlib.sha256(index).hexdigest(),
+            )
+        )
         self._pieces, self._bytes, self._samples = [], 0, 0
 
 

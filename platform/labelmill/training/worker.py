@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from labelmill.data.source import StreamSpec
-from labelmill.data.stream import BatchSource, LocalSource, RankStream, RaySource
+from labelmill.data.source import BatchSource, LocalSource, Streams
+from labelmill.data.spec import AnySpec
+from labelmill.data.stream import RankStream
 from labelmill.errors import DataError
 from labelmill.training.checkpoint import (
     Position,
@@ -59,8 +60,8 @@ class FitTask:
 
     objective: Callable[[], Objective]
     config: TrainConfig
-    train: StreamSpec | None
-    predict: dict[str, StreamSpec] = field(default_factory=dict)
+    train: AnySpec | None
+    predict: dict[str, AnySpec] = field(default_factory=dict)
     work: Path = Path(".")
     seed: int = 0
     augment: bool = False
@@ -73,7 +74,7 @@ class FitTask:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.total_steps(self.train.manifest.num_samples) if self.train else 0
+        return self.config.total_steps(self.train.epoch_samples) if self.train else 0
 
 
 def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         if rank == 0:
             sink.post(kind="progress", done=done, total=total, rate=math.nan, text="class rows")
 
+    streams = open_streams(task, rank, world)
     position = _begin(task, engine, objective, found, progress)
     lap("initialise head" if not found else "restore checkpoint")
 
@@ -116,7 +118,7 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             start=position.cursor,
             stop=task.total_steps * task.config.global_batch,
         )
-        stream = open_stream(spec, task, objective, rank, world, sink, augment=task.augment)
+        stream = open_stream(spec, streams, objective, rank, world, sink, task.augment, task.threads)
         batches = iter(stream)
         position = train(
             engine,
@@ -127,7 +129,8 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
             lambda at: _save(checkpoints, engine, at, task.config.keep_checkpoints),
         )
-        del batches
+        batches.close()
+        _post_reading(stream, rank, sink)
     lap("train")
     if not (task.work / "export").is_dir():
         objective.finish(progress)
@@ -135,8 +138,9 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
     _export(task, engine, rank)
     lap("export")
     for name, spec in task.predict.items():
-        stream = open_stream(spec, task, objective, rank, world, sink, augment=False)
+        stream = open_stream(spec, streams, objective, rank, world, sink, threads=task.threads)
         columns = predict(engine, iter(stream), sink if rank == 0 else None, spec.steps, name)
+        _post_reading(stream, rank, sink)
         _write_predictions(task.work / "predictions" / name, columns, rank)
         lap(f"predict {name}")
     return timing
@@ -161,28 +165,47 @@ def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | No
     return restore(found, engine, objective)
 
 
-def open_stream(
-    spec: StreamSpec, task: FitTask, objective: Objective, rank: int, world: int, sink: Sink, augment: bool
-) -> RankStream:
-    """This rank's batches of a stream. Collective on Ray: rank 0 starts the coordinator, the others find it."""
-    source: BatchSource
+def open_streams(task: FitTask, rank: int, world: int) -> Streams | None:
+    """The group's streams on Ray; None where every process reads for itself. Collective."""
     if task.transport == "local":
-        source = LocalSource(spec, rank, world)
-    else:
-        name = [f"stream-{uuid4().hex}"]
-        dist.broadcast_object_list(name, src=0)
-        if rank == 0:
-            handle = RaySource.start(spec, world, task.read_cpus, name[0])
-            dist.barrier()
-        else:
-            dist.barrier()
-            handle = RaySource.find(name[0])
-        source = RaySource(handle, rank)
+        return None
+    name = [uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    return Streams(rank, world, task.read_cpus, name[0])
+
+
+def open_stream(
+    spec: AnySpec,
+    streams: Streams | None,
+    objective: Objective,
+    rank: int,
+    world: int,
+    sink: Sink,
+    augment: bool = False,
+    threads: int = 1,
+) -> RankStream:
+    """This rank's batches of a stream. Every rank opens the same streams in the same order."""
+    source: BatchSource = LocalSource(spec, rank, world) if streams is None else streams.open(spec)
 
     def on_bad(bad: list[tuple[str, str]]) -> None:
-        sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.manifest.name)
+        sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
-    return RankStream(spec, source, rank, world, objective.prepare, augment=augment, on_bad=on_bad)
+    return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)
+
+
+def _post_reading(stream: RankStream, rank: int, sink: Sink) -> None:
+    """Tells the driver what reading met, for the report on the data's health."""
+    stats = stream.stats
+    sink.post(
+        kind="reading",
+        data=stream.spec.name,
+        rank=rank,
+        samples=stats.samples,
+        fetch_seconds=stats.fetch_seconds,
+        bytes=stats.bytes,
+        retries=dict(stats.retries),
+        damage=stats.damage,
+    )
 
 
 def _export(task: FitTask, engine: Engine, rank: int) -> None:

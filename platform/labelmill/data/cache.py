@@ -1,0 +1,3 @@
+class ShardCache:
+    def __init__(self, folder: str, limit: int) -> None:
+        raise NotImplementedError

@@ -13,7 +13,9 @@ for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
 
 from labelmill.cluster import set_environment  # noqa: E402
 from tests.faults import FaultServer  # noqa: E402
+from tests.s3 import faulty, localbucket, moto, no_settings, s3_store  # noqa: E402, F401  (fixtures)
 
+no_settings()
 set_environment()
 
 

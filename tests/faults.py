@@ -7,7 +7,8 @@
         assert [r.fault for r in server.log] == ["503", "503", "cut", None]
 
 It answers GET (ranges, If-Match), HEAD, LIST v2 with paging, PUT, multipart uploads, DELETE and bulk delete.
-`latency_s` and `bandwidth` (bytes/s of each connection) make it a far-away store for benchmarks.
+The first rule that takes a request decides. `latency_s` and `bandwidth` (bytes/s of each connection) make it a far-away
+store for benchmarks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,7 +64,7 @@ class Rule:
         method: GET, HEAD, PUT, POST, DELETE, LIST or *.
         first, times: of the matching requests of each key (counted from 1), which ones; times None: all from there.
         overlaps: (start, stop) in bytes: only GETs that read some of it.
-        after: bytes of the body before the fault; None: half of it.
+        after: bytes of the body before the fault; below 0: counted from its end; None: half of it.
         seconds: of a stall or between pieces.
         call: called with the request before it is answered, e.g. to replace the object.
     """
@@ -122,6 +124,7 @@ class FaultServer:
         self.upload_meta: dict[str, dict[str, str]] = {}
         self.rules: list[Rule] = []
         self.log: list[Request] = []
+        self.opaque_etags = False  # True: they say nothing of the content, as with KMS encryption
         self.latency_s = 0.0
         self.bandwidth = 0.0
         self.lock = threading.RLock()
@@ -151,7 +154,8 @@ class FaultServer:
         """Stores an object at `bucket/key`."""
         with self.lock:
             self.buckets.add(path.partition("/")[0])
-            self.objects[path] = Stored(bytes(data), f'"{hashlib.md5(data).hexdigest()}"', meta or {})
+            etag = uuid.uuid4().hex if self.opaque_etags else hashlib.md5(data).hexdigest()
+            self.objects[path] = Stored(bytes(data), f'"{etag}"', meta or {})
             return self.objects[path]
 
     def calm(self) -> None:
@@ -201,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             request.start, request.stop = self._asked(request, len(stored.data))
         with state.lock:
             state.log.append(request)
-            rule = next((r for r in state.rules if r.takes(request)), None)
+            rule = next(iter([r for r in state.rules if r.takes(request)]), None)  # every rule counts it
         self.rule = rule
         if rule is not None:
             request.fault = rule.fault
@@ -271,7 +275,10 @@ class _Handler(BaseHTTPRequestHandler):
         if stored is None:
             self._answer(request, 404)
             return
-        self._answer(request, 200, headers=_headers(stored) | {"Content-Length": str(len(stored.data))})
+        size = len(stored.data)
+        if self.rule and self.rule.fault == "truncated":
+            size = size // 2 if self.rule.after is None else self.rule.after
+        self._answer(request, 200, headers=_headers(stored) | {"Content-Length": str(size)})
 
     def do_GET(self) -> None:
         request, query = self._begin("GET")
@@ -321,7 +328,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self._body(request, body, fault, len(body) // 2 if after is None else min(after, len(body)))
+        if after is None:
+            after = len(body) // 2
+        self._body(request, body, fault, max(0, len(body) + after) if after < 0 else min(after, len(body)))
 
     def _body(self, request: Request, body: memoryview, fault: str | None, after: int) -> None:
         state, rule = self.server_state, self.rule
@@ -424,7 +433,8 @@ class _Handler(BaseHTTPRequestHandler):
             parts = [data for _, data in sorted(state.uploads.pop(query["uploadId"]).items())]
             stored = state.put(request.path, b"".join(parts), state.upload_meta[query["uploadId"]])
             md5s = b"".join(hashlib.md5(part).digest() for part in parts)
-            stored.etag = f'"{hashlib.md5(md5s).hexdigest()}-{len(parts)}"'
+            if not state.opaque_etags:
+                stored.etag = f'"{hashlib.md5(md5s).hexdigest()}-{len(parts)}"'
             body = f"<CompleteMultipartUploadResult><ETag>{escape(stored.etag)}</ETag></CompleteMultipartUploadResult>"
             self._answer(request, 200, body.encode())
         elif "delete" in query:

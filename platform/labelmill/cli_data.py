@@ -1,4 +1,4 @@
-"""`labelmill data ...`: import, inspect, verify, index and time data sets."""
+"""`labelmill data ...`: import, copy, inspect, verify, index and time data sets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from rich.console import Console
 
 from labelmill.errors import UserError
 
-data_app = typer.Typer(help="Data sets: import, inspect, verify, index, time.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: import, copy, inspect, verify, index, time.", no_args_is_help=True)
 import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
 data_app.add_typer(import_app, name="import")
 
 console = Console()
 
-Out = Annotated[str, typer.Option("--out", help="folder of the data set (with --split: of its parts)")]
+Out = Annotated[
+    str, typer.Option("--out", "--to", help="folder or s3:// address of the data set (with --split: of its parts)")
+]
 Name = Annotated[str | None, typer.Option(help="name of the data set")]
 Split = Annotated[str | None, typer.Option(help="parts by a hash of the key, e.g. train=0.9,test=0.1")]
 ClassNames = Annotated[list[str] | None, typer.Option("--class", help="class names in id order; repeat")]
@@ -216,6 +218,31 @@ def index(data: Annotated[str, typer.Argument(help="folder of a data set")]) -> 
     made = add_indexes(manifest)
     text = f"{len(made.shards):,} shard(s) have an index; {lacking:,} had none -> {made.root}"
     console.print(text, highlight=False, soft_wrap=True)
+
+
+@data_app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="folder or s3:// address of a data set, or of its parts")],
+    out: Annotated[str, typer.Argument(help="folder or s3:// address of the copy")],
+    overwrite: Overwrite = False,
+    jobs: Annotated[int, typer.Option(min=1, help="files copied side by side")] = 4,
+) -> None:
+    """Copy a data set anywhere, verified; the same command continues an interrupted copy."""
+    from labelmill.data import store
+    from labelmill.data.copy import copy_data, parts_of
+    from labelmill.progress import ProgressView
+
+    parts = parts_of(source)
+    pairs = [(store.join(source, part), store.join(out, part)) for part in parts] or [(source, out)]
+    for (one, other), part in zip(pairs, parts or ["all"], strict=True):
+        with ProgressView(console) as view, view.stage("copy" if part == "all" else f"copy {part}"):
+            report = copy_data(one, other, overwrite=overwrite, jobs=jobs, progress=view.update)
+        _show({part: report.manifest})
+        removed = f", {report.removed} old one(s) removed" if report.removed else ""
+        console.print(
+            f"{report.copied} file(s) copied ({report.bytes / 2**20:.1f} MiB), {report.kept} there already{removed}",
+            highlight=False,
+        )
 
 
 @data_app.command()

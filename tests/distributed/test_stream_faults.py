@@ -7,17 +7,29 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from labelmill.data.manifest import load_manifest
 from labelmill.data.reading import POSITION
 from labelmill.data.source import LocalSource, RaySource, Streams
 from labelmill.data.spec import Reading, StreamSpec
+from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import DataError, user_error_in
+from labelmill.heads.config import HeadConfig
+from labelmill.stages import Fitted
+from labelmill.training.config import TrainConfig
+from labelmill.training.events import ListSink
+from labelmill.training.local import spawn
+from labelmill.training.worker import FitTask, run_worker
 from tests.conftest import s3_environment
 from tests.faults import FaultServer, Rule
+from workloads.discrimination.partial_fc import Classifier
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -131,8 +143,6 @@ def bucket(
             path = os.path.join(folder, name)
             with open(path, "rb") as file:
                 ray_storage.put(f"data/set/{os.path.relpath(path, local.root)}", file.read())
-    from labelmill.data.manifest import load_manifest
-
     yield StreamSpec(load_manifest("s3://data/set"), "text", 40, seed=3, window=2, stop=700)
     ray_storage.rules = []
 
@@ -179,3 +189,45 @@ def test_what_storage_refuses_stops_the_stream_with_the_shard(
     assert shard in str(error)
     assert re.search(says, str(error)), str(error)
     source.close()
+
+
+# --- a training worker ---------------------------------------------------------------------------------
+
+
+def train_locally(rank: int, world: int, data: str, work: str) -> dict[str, Any]:
+    """The uninterrupted run, in processes without Ray."""
+    run_worker(fit_task(data, work, "local"), rank, world, ListSink())
+    return {}
+
+
+def fit_task(data: str, work: str, transport: Any) -> FitTask:
+    manifest = load_manifest(data)
+    head = HeadConfig(scale=12.0, block_rows=16)
+    config = TrainConfig(global_batch=24, steps=40, learning_rate=0.01, checkpoint_every=4, log_every=1)
+    objective = partial(Classifier, CharNgramsConfig(dim=16, buckets=512, hidden=16), head, 7, 1, None, 0.0, 3)
+    stream = StreamSpec(manifest, "text", 24, seed=2, window=2)
+    return FitTask(objective, config, stream, work=Path(work), seed=1, transport=transport)
+
+
+def test_a_killed_training_worker_changes_no_batch_and_no_weight(
+    make_text_data: Callable[..., Any], tmp_path: Path
+) -> None:
+    from labelmill.job import ClusterConfig
+    from labelmill.training.fit import fit
+
+    data = make_text_data(200, 20)
+    spawn(train_locally, 2, data.root, str(tmp_path / "whole"))
+    killed: list[int] = []
+
+    def strike(event: Any) -> None:
+        if event["kind"] == "metrics" and event["step"] >= 9 and not killed:
+            killed.append(kill("ray::RayTrainWorker"))
+
+    cluster = ClusterConfig(workers=2, cpus_per_worker=0.5, max_failures=2)
+    fit(fit_task(data.root, str(tmp_path / "killed"), "ray"), cluster, "killed", strike)
+    assert killed[0] >= 1
+    whole, found = Fitted(tmp_path / "whole"), Fitted(tmp_path / "killed")
+    assert [r["step"] for r in found.history] == list(range(1, 41))
+    losses = [[r["train/loss"] for r in fitted.history] for fitted in (whole, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(found.head_rows("classes"), whole.head_rows("classes"), rtol=1e-4, atol=1e-6)

@@ -402,6 +402,11 @@ def test_samples_of_many_shards_become_one_contiguous_table(tmp_path, layout, fo
     assert table.column(HOLE).null_count == len(row)
     table.validate(full=True)
     assert gather(shards, which[:0], row[:0]).num_rows == 0
+    for wrong in ([4], [-1]):
+        with pytest.raises(IndexError, match="there are 4 shards"):
+            gather(shards, np.array(wrong), np.array([0]))
+    with pytest.raises(IndexError, match="row 3"):
+        gather(shards, np.array([0]), np.array([3]))
 
 
 def test_more_than_a_chunk_can_hold_is_split_and_large_buffers_are_seen_whole(sets, monkeypatch):

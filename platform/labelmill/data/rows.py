@@ -215,10 +215,10 @@ def _lay_over(request: Request, rows: Rows, hole: np.ndarray) -> None:
 
 def damage_of(request: Request, rows: Rows, asked: np.ndarray | None) -> list[Damage]:
     """The holes among the rows that were asked for (None: all), in order; one entry when all have one reason."""
+    if len(rows.bad) == request.samples and len(set(rows.bad.values())) == 1:
+        reason, offset = rows.bad[0]
+        return [Damage(request.path, WHOLE_SHARD, "", reason, offset)]
     numbers = {k: int(rows.number[k]) for k in rows.bad}
     wanted = None if asked is None else set(asked.tolist())
     holes = sorted(k for k, n in numbers.items() if wanted is None or n in wanted)
-    if len(holes) == request.samples and len({rows.bad[k] for k in holes}) == 1 and holes:
-        reason, offset = rows.bad[holes[0]]
-        return [Damage(request.path, WHOLE_SHARD, "", reason, offset)]
     return [Damage(request.path, numbers[k], rows.keys[k].as_py(), *rows.bad[k]) for k in holes]

@@ -22,7 +22,7 @@ PARALLEL_FROM = 32 << 20
 """Longer reads are made of several ranges side by side: one connection to a far store is slow."""
 PART = 16 << 20
 THREADS = 4
-_PIECE = 1 << 18  # bytes taken from the socket at once; they stay in the cache while they are copied
+_PIECE = 1 << 17  # bytes taken from the socket at once; they stay in the cache while they are copied
 _SLOWEST = 1 << 16  # bytes/s below which an attempt is given up
 
 
@@ -138,6 +138,8 @@ def _open(
         total = connection.client.head_object(Bucket=bucket, Key=key)["ContentLength"]
         if start < total < stop:
             return _open(connection, uri, start, total, etag)
+        if total >= stop:
+            raise BadBody("wrong-range", f"the store says that a range of its {total:,} bytes isn't there") from None
         if start or total:
             raise BadBody("truncated", f"the object has {total:,} bytes only", retry=False) from None
         return _Reply(None, 0, 0, 0, "")

@@ -154,13 +154,15 @@ def gather(shards: Sequence[Shard], which: np.ndarray, row: np.ndarray) -> pa.Ta
         shards: opened with the same fields.
         which, row: integers (J,): sample j is row `row[j]` of `shards[which[j]]`.
 
-    Returns a table of J rows with the shards' columns (contiguous; several chunks only above 2 GiB) and the column
+    Returns a table of J rows with the shards' columns (contiguous; several chunks only above 2 GiB) and the string column
     `HOLE`. Holes have empty content (arrays of fixed shape: zeros) and label 0 or an empty list. Raises IndexError for
     a row that wasn't opened.
     """
     if not shards:
         raise ValueError("gather needs at least one shard, to know the columns")
     which, row = np.asarray(which, dtype=np.int64), np.asarray(row, dtype=np.int64)
+    if len(which) and not (which.min() >= 0 and which.max() < len(shards)):
+        raise IndexError(f"`which` runs from {which.min()} to {which.max()}, but there are {len(shards)} shards")
     counts = [len(s._rows.number) for s in shards]
     first = np.cumsum([0, *counts])
     if len(shards) == 1:

@@ -256,10 +256,18 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 def size(path: str | os.PathLike[str]) -> int:
     """Bytes of a file. Raises DataError when it isn't there."""
+    if is_s3(path):
+        return _head(path).size
     info = _info(path)
     if info.type != fs.FileType.File:
         raise StoreError.of(f"{os.fspath(path)}: no such file.", os.fspath(path), "missing")
     return int(info.size)
+
+
+def _head(path: str | os.PathLike[str]) -> s3_objects.Head:
+    if (found := s3_objects.head(normal(path))) is None:
+        raise StoreError.of(f"{os.fspath(path)}: no such object.", os.fspath(path), "missing")
+    return found
 
 
 def _info(path: str | os.PathLike[str]) -> fs.FileInfo:

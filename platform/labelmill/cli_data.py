@@ -1,7 +1,9 @@
-"""`labelmill data ...`: import, copy, inspect, verify and index data sets."""
+"""`labelmill data ...`: import, copy, inspect, verify, index and time data sets."""
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from labelmill.errors import UserError
 
-data_app = typer.Typer(help="Data sets: import, copy, inspect, verify, index.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: import, copy, inspect, verify, index, time.", no_args_is_help=True)
 import_app = typer.Typer(help="Make a data set of shards with a manifest.", no_args_is_help=True)
 data_app.add_typer(import_app, name="import")
 
@@ -241,3 +243,33 @@ def copy(
             f"{report.copied} file(s) copied ({report.bytes / 2**20:.1f} MiB), {report.kept} there already{removed}",
             highlight=False,
         )
+
+
+@data_app.command()
+def bench(
+    data: Annotated[str, typer.Argument(metavar="URI", help="folder or URI of a data set")],
+    samples: Annotated[int, typer.Option(min=1, help="about how many samples are read")] = 4_000,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPUs a stream may use; by default all")] = None,
+    field: Annotated[str | None, typer.Option(help="field to decode; by default the first")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="side that the job resizes images to")] = None,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="measure the hand-over between processes as well")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="numbers and advice as JSON")] = False,
+) -> None:
+    """What reading costs on this machine, part by part, against the decoder's limit; and advice."""
+    from labelmill.data.bench import bench, render_bench
+    from labelmill.data.manifest import load_manifest
+
+    manifest = load_manifest(data)
+    if ray:
+        from labelmill.cluster import connect
+        from labelmill.job import ClusterConfig
+
+        session: Any = connect(ClusterConfig(cpus_per_worker=0.1, read_cpus=0.1, object_store_mb=300))
+    else:
+        session = nullcontext()
+    with session:
+        found = bench(manifest, field, samples, threads, image_size, handover=ray)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        render_bench(found, console)

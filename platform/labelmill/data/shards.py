@@ -161,7 +161,7 @@ def gather(shards: Sequence[Shard], which: np.ndarray, row: np.ndarray) -> pa.Ta
     if not shards:
         raise ValueError("gather needs at least one shard, to know the columns")
     which, row = np.asarray(which, dtype=np.int64), np.asarray(row, dtype=np.int64)
-    if len(which) and not (0 <= which.min() and which.max() < len(shards)):
+    if len(which) and not (which.min() >= 0 and which.max() < len(shards)):
         raise IndexError(f"`which` runs from {which.min()} to {which.max()}, but there are {len(shards)} shards")
     counts = [len(s._rows.number) for s in shards]
     first = np.cumsum([0, *counts])

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -60,6 +61,7 @@ class ShardCache:
     folder: str
     limit_bytes: int
     rehash: bool = False
+    verifies: ClassVar[bool] = True  # what `read` gives has the hash that was asked for
 
     def check(self, largest: int = 0) -> None:
         """Raises DataError when the cache can't work: folder not writable, limit or disk too small.

@@ -36,18 +36,19 @@ SHAPES = {"jp": (224, 224, 3), "fm": (28, 28, 1)}
 STORE_MB = 1024
 
 
-def open_stream(manifest: Manifest, field: str, shuffle: bool, number: int) -> Iterator[int]:
+def open_stream(manifest: Manifest, field: str, shuffle: bool) -> Iterator[int]:
     """One epoch of the data set as rank 0 of 1 gets it, in batches of BATCH; yields the batches' sizes.
 
     The only place here that knows how a stream is opened.
     """
-    from labelmill.data.source import StreamSpec
-    from labelmill.data.stream import RankStream, RaySource
+    from labelmill.data.source import Streams
+    from labelmill.data.spec import StreamSpec
+    from labelmill.data.stream import RankStream
 
     channels = 1 if manifest.name == "fm" else 3
     spec = StreamSpec(manifest, field, BATCH, shuffle=shuffle, channels=channels)
-    handle = RaySource.start(spec, 1, 0.25, f"bench-{os.getpid()}-{number}")
-    for batch in RankStream(spec, RaySource(handle, 0), 0, 1, _to_tensor):
+    source = Streams().open(spec)
+    for batch in RankStream(spec, source, 0, 1, _to_tensor, threads=os.cpu_count() or 1):
         yield len(batch)
 
 
@@ -88,7 +89,7 @@ def run(name: str, loader: str, data: Path, uri: str | None, samples: int, count
         if loader == "ray-webdataset":
             return ray_webdataset(name, data / name, samples)
         manifest = load_manifest(uri if uri and loader == "labelmill-s3" else data / name / layout)
-        return open_stream(manifest, kind.field, loader != "labelmill-ordered", number)
+        return open_stream(manifest, kind.field, loader != "labelmill-ordered")
 
     passes(begin, samples, count)
     ray.shutdown()

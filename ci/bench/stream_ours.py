@@ -42,13 +42,13 @@ def open_stream(manifest: Manifest, field: str, shuffle: bool) -> Iterator[int]:
     The only place here that knows how a stream is opened.
     """
     from labelmill.data.source import Streams
-    from labelmill.data.spec import Reading, StreamSpec
+    from labelmill.data.spec import StreamSpec
     from labelmill.data.stream import RankStream
 
     channels = 1 if manifest.name == "fm" else 3
-    reading = Reading(threads=os.cpu_count() or 1)
-    spec = StreamSpec(manifest, field, BATCH, shuffle=shuffle, channels=channels, reading=reading)
-    for batch in RankStream(spec, Streams().open(spec), 0, 1, _to_tensor):
+    spec = StreamSpec(manifest, field, BATCH, shuffle=shuffle, channels=channels)
+    source = Streams().open(spec)
+    for batch in RankStream(spec, source, 0, 1, _to_tensor, threads=os.cpu_count() or 1):
         yield len(batch)
 
 

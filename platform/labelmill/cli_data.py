@@ -252,6 +252,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="CPUs a stream may use; by default all")] = None,
     field: Annotated[str | None, typer.Option(help="field to decode; by default the first")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="side that the job resizes images to")] = None,
+    channels: Annotated[int, typer.Option(min=1, max=4, help="that the job wants: 1 grey, 3 RGB, 4 RGBA")] = 3,
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="measure the hand-over between processes as well")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="numbers and advice as JSON")] = False,
 ) -> None:
@@ -268,7 +269,7 @@ def bench(
     else:
         session = nullcontext()
     with session:
-        found = bench(manifest, field, samples, threads, image_size, handover=ray)
+        found = bench(manifest, field, samples, threads, image_size, channels, handover=ray)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=1))
     else:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Place = Literal["late", "task"]
-READING = ("fetch", "verify", "parse", "order")
+READING = ("fetch", "verify", "parse", "gather")
 _WORTH = 0.10  # of all CPU time: less isn't worth a change
 _READERS = 2  # read tasks at once, by default
 
@@ -42,12 +42,13 @@ class Bench:
         shard_samples: mean samples of the data set's shards.
         threads: CPUs that the ceilings assume.
         remote: whether the shards come over a network; `latency_s` is then the time of one small read.
-        parts: costs of fetch, verify, parse, order (putting samples into the plan's order), decode and copy (into the
-            batch). With a Ray session also tasks (starting read tasks) and the hand-over through the object store of
-            encoded ("hand over, late") and of decoded samples ("hand over, task").
+        parts: costs of fetch, verify (sha256), parse (finding the samples), gather (blocks in the plan's order), decode
+            (in the rank). With a Ray session also tasks (starting read tasks) and hand over (a block through the object
+            store). For images "decode, task", "hand over, task" and "copy, task" (into the batch) stand for decode and
+            hand over when read tasks decode.
         fetch_rate: samples/s of `threads` fetches at once.
         decode_rate: samples/s of decoding alone: `one` thread, that many `threads`, that many `processes`.
-        packed: cost of parse and order if the same samples were packed; None where that wasn't tried.
+        packed: cost of parse and gather if the same samples were packed; None where that wasn't tried.
     """
 
     name: str
@@ -72,10 +73,17 @@ class Bench:
         """Samples/s if nothing but decoding had to be done."""
         return max(self.decode_rate.values())
 
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where this field can be decoded."""
+        return ("late", "task") if self.kind == "image" else ("late",)
+
     def used(self, place: Place) -> dict[str, Cost]:
         """The parts that a stream pays when it decodes at `place`."""
-        other = "hand over, task" if place == "late" else "hand over, late"
-        return {name: cost for name, cost in self.parts.items() if name != other}
+        late = ("decode", "hand over")
+        if place == "late":
+            return {name: cost for name, cost in self.parts.items() if not name.endswith(", task")}
+        return {name: cost for name, cost in self.parts.items() if name not in late}
 
     def cpu_s(self, place: Place) -> float:
         """CPU seconds per 1,000 samples."""
@@ -91,8 +99,9 @@ class Bench:
         limits = {
             f"CPU time, {share:.0%} of it {largest}": self.threads * 1000 / max(total, 1e-9),
             f"the decoder in {way}": self.decode_rate.get(way, self.decode_rate["one"]),
-            "copying into batches": 1000 / max(self.parts["copy"].wall_s, 1e-9),
         }
+        if place == "task":
+            limits["copying into batches"] = 1000 / max(self.parts["copy, task"].wall_s, 1e-9)
         if self.remote:
             limits["the network"] = self.fetch_rate
         bound = min(limits, key=lambda name: limits[name])
@@ -101,11 +110,11 @@ class Bench:
     @property
     def best(self) -> Place:
         """The decode place with the higher ceiling."""
-        return "late" if self.ceiling("late").rate >= self.ceiling("task").rate else "task"
+        return max(self.places, key=lambda place: self.ceiling(place).rate)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        ceilings = {place: asdict(self.ceiling(place)) for place in ("late", "task")}
+        ceilings = {place: asdict(self.ceiling(place)) for place in self.places}
         more = {"decode_limit": self.decode_limit, "ceilings": ceilings, "best": self.best, "advice": advise(self)}
         return asdict(self) | more
 
@@ -128,11 +137,11 @@ def _storage(found: Bench, total: float) -> list[tuple[float, str]]:
     """Layout, shards, checksums, cache: (share of the CPU time or of the wait that it would save, advice)."""
     parts, hints = found.parts, []
     if found.packed is not None:
-        now = parts["parse"].cpu_s + parts["order"].cpu_s
+        now = parts["parse"].cpu_s + parts["gather"].cpu_s
         hints.append(
             (
                 (now - found.packed.cpu_s) / total,
-                f"Pack the samples (import with --layout packed): parse and order take {now:.4f} CPU s per 1,000 as a tar of "
+                f"Pack the samples (import with --layout packed): parse and gather take {now:.4f} CPU s per 1,000 as a tar of "
                 f"{found.stored_bytes:,.0f} bytes a sample, {found.packed.cpu_s:.4f} packed, of {total:.4f} in all.",
             )
         )
@@ -173,9 +182,9 @@ def _storage(found: Bench, total: float) -> list[tuple[float, str]]:
 
 
 def _places(found: Bench) -> list[tuple[float, str]]:
-    late, task = found.ceiling("late").rate, found.ceiling("task").rate
-    if found.kind != "image" or "hand over, task" not in found.parts:
+    if "task" not in found.places or "hand over, task" not in found.parts:
         return []
+    late, task = found.ceiling("late").rate, found.ceiling("task").rate
     rates, hint = found.decode_rate, ""
     if rates.get("threads", math.inf) < 0.8 * rates.get("processes", 0.0):
         hint = (
@@ -192,7 +201,7 @@ def _places(found: Bench) -> list[tuple[float, str]]:
 
 
 def _readers(found: Bench, place: Place) -> list[tuple[float, str]]:
-    names = [*READING, *(["decode"] if place == "task" else [])]
+    names = [*READING, *(["decode, task"] if place == "task" else [])]
     cost = sum((found.parts[name] for name in names), Cost(0.0, 0.0))
     needed = math.ceil(found.ceiling(place).rate * cost.wall_s / 1000 - 0.05)
     if needed <= _READERS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,10 @@ from rich.markup import escape
 
 from labelmill.data import store
 from labelmill.data.advice import Bench, Cost, advise
-from labelmill.data.decode import decode_arrays, decode_images
+from labelmill.data.decode import binary_views, decode_views
 from labelmill.data.manifest import FieldSpec, Manifest
-from labelmill.data.shards import read_shard
+from labelmill.data.reading import decode_block
+from labelmill.data.shards import HOLE, gather, open_shard, read_shard
 from labelmill.data.writer import ShardWriter
 from labelmill.errors import DataError
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 8 << 20
 _MOST_BYTES = 512 << 20
 _BLOCK_ROWS = 256
-_DECODED_BYTES = 4 << 20
+_MOST_ROWS = 4096
 _LEAST_S = 0.3
 _BUSY = 1.15  # wall over CPU time of decoding, which never waits by itself
 _SMALL = 16 << 10  # bytes; larger samples gain nothing from packing
@@ -46,6 +48,7 @@ def bench(
     samples: int = 4_000,
     threads: int | None = None,
     image_size: int | None = None,
+    channels: int = 3,
     handover: bool = True,
 ) -> Bench:
     """Measures the parts of a stream over `manifest`; takes seconds.
@@ -55,33 +58,30 @@ def bench(
         field: the field to decode; by default the first.
         samples: about how many are read, in whole shards spread over the data set.
         threads: CPUs that the stream may use; by default those of the machine.
-        image_size: side that a job resizes images to.
+        image_size, channels: what a job asks of its images.
         handover: measure the object store of the Ray session that is open.
 
-    Raises DataError: no such field, a shard that can't be read or isn't what the manifest says.
+    Raises DataError: no such field, a shard that can't be read or isn't what the manifest says, images of several sizes
+    without `image_size`.
     """
     name = field or next(iter(manifest.fields), "")
     if name not in manifest.fields:
         raise DataError(f"data set {manifest.name!r} has no field {name!r}; it has: {', '.join(manifest.fields)}.")
-    if samples < 1:
-        raise DataError(f"samples must be at least 1, not {samples}.")
     cpus = threads or len(os.sched_getaffinity(0))
     picked = _pick(manifest, samples)
     with tempfile.TemporaryDirectory(prefix="labelmill-bench-") as folder:
-        copy, fetch, fetch_rate, latency = _fetch(manifest, picked, folder, cpus)
-        parts = {"fetch": fetch, **_reading(copy, manifest)}
-        table = pa.concat_tables([read_shard(copy, i, verify=False) for i in range(len(copy.shards))])
-        column = table.column(name)
-        content = column.nbytes / table.num_rows
-        measured = Bench(
+        copy, parts, fetch_rate, latency = _fetch(manifest, picked, folder, cpus)
+        parts |= _reading(copy, name)
+        table = _some(copy, name, samples)
+        found = Bench(
             name=manifest.name,
             layout=manifest.layout,
             field=name,
             kind=manifest.fields[name].kind,
-            samples=table.num_rows,
+            samples=copy.num_samples,
             shards=len(picked),
-            sample_bytes=content,
-            stored_bytes=copy.num_bytes / table.num_rows,
+            sample_bytes=table.column(name).nbytes / table.num_rows,
+            stored_bytes=copy.num_bytes / copy.num_samples,
             shard_samples=manifest.num_samples / len(manifest.shards),
             threads=cpus,
             remote=store.is_uri(manifest.shard_path(picked[0])),
@@ -89,17 +89,17 @@ def bench(
             parts=parts,
             fetch_rate=fetch_rate,
         )
-        rows = table.slice(0, min(samples, table.num_rows))
-        work = _Decoding(rows.column(name), rows.column("key").to_pylist(), manifest.fields[name], image_size)
-        measured.parts |= _decoding(work)
-        measured.decode_rate = _decode_rates(work, cpus, folder)
+        work = Decoding(table.select(["key", name, HOLE]), name, manifest.fields[name], image_size, channels)
+        parts["decode"] = timed(lambda: [work.decode(first) for first in work.firsts()], table.num_rows)
+        found.decode_rate = _decode_rates(work, cpus, folder)
         if handover:
-            measured.parts["tasks"] = _tasks(_WINDOW * measured.shard_samples)
-            measured.parts["hand over, late"] = _handover(rows.select(["key", name]))
-            measured.parts["hand over, task"] = _handover(work.table())
-        if manifest.layout == "tar" and content < _SMALL:
-            measured.packed = _packed(manifest, table, folder)
-    return measured
+            parts["tasks"] = _tasks(_WINDOW * found.shard_samples)
+            parts["hand over"] = _handover(table)
+        if found.kind == "image":
+            parts |= _in_tasks(work, handover)
+        if manifest.layout == "tar" and found.sample_bytes < _SMALL:
+            found.packed = _packed(copy, name, folder)
+    return found
 
 
 def timed(work: Callable[[], Any], samples: int, least_s: float = _LEAST_S) -> Cost:
@@ -131,8 +131,10 @@ def _pick(manifest: Manifest, samples: int) -> list[int]:
     return sorted(picked)
 
 
-def _fetch(manifest: Manifest, picked: Sequence[int], folder: str, threads: int) -> tuple[Manifest, Cost, float, float]:
-    """Fetches the shards once, into `folder`; a data set of the copies, the cost, the rate of `threads`, the latency."""
+def _fetch(
+    manifest: Manifest, picked: Sequence[int], folder: str, threads: int
+) -> tuple[Manifest, dict[str, Cost], float, float]:
+    """Fetches the shards into `folder`; a data set of the copies, costs, the rate of `threads` at once, the latency."""
     shards = [manifest.shards[i] for i in picked]
     paths = [manifest.shard_path(i) for i in picked]
     samples = sum(shard.samples for shard in shards)
@@ -150,105 +152,131 @@ def _fetch(manifest: Manifest, picked: Sequence[int], folder: str, threads: int)
     for i, shard, data in zip(picked, shards, content, strict=True):
         path = os.path.join(folder, f"{i}.tar")
         store.write_bytes(path, data)
-        update: dict[str, Any] = {"path": path}
+        update: dict[str, Any] = {"path": path, "index": None, "index_sha256": None}
         if labels := manifest.labels_path(i):
             update["labels"] = os.path.join(folder, f"{i}.arrow")
             store.write_bytes(update["labels"], store.read_bytes(labels))
         local.append(shard.model_copy(update=update))
-    return manifest.model_copy(update={"shards": tuple(local)}).at(folder), cost, 1000 / many.wall_s, latency
+    copy = manifest.model_copy(update={"shards": tuple(local)}).at(folder)
+    verify = timed(lambda: [hashlib.sha256(data).digest() for data in content], samples)
+    return copy, {"fetch": cost, "verify": verify}, 1000 / many.wall_s, latency
 
 
-def _reading(copy: Manifest, manifest: Manifest) -> dict[str, Cost]:
-    """Cost of verify, parse and order, on local copies. Raises DataError with the path of the original."""
+def _reading(copy: Manifest, name: str) -> dict[str, Cost]:
+    """Cost of parse (finding the samples in a fetched shard) and gather (blocks of them in the plan's order)."""
     numbers, samples = range(len(copy.shards)), copy.num_samples
-    content = [store.read_bytes(copy.shard_path(i)) for i in numbers]
+
+    def opened() -> list[Any]:
+        return [open_shard(copy, i, fields=[name], verify=False) for i in numbers]
+
     read = timed(lambda: [store.read_bytes(copy.shard_path(i)) for i in numbers], samples)
-    both = timed(lambda: [read_shard(copy, i, verify=False) for i in numbers], samples)
-    table = pa.concat_tables([read_shard(copy, i, verify=True) for i in numbers])
-    order = pa.array(np.random.default_rng(0).permutation(table.num_rows))
-    return {
-        "verify": timed(lambda: [hashlib.sha256(data).digest() for data in content], samples),
-        "parse": Cost(max(0.0, both.cpu_s - read.cpu_s), max(0.0, both.wall_s - read.wall_s)),
-        "order": timed(lambda: table.take(order), samples),
-    }
+    both, shards = timed(opened, samples), opened()
+    order = np.random.default_rng(0).permutation(samples)
+    first = np.cumsum([0, *(shard.num_rows for shard in shards)])
+    which = np.searchsorted(first, order, side="right") - 1
+    row = order - first[which]
+    rows = max(1, min(_MOST_ROWS, int(_BLOCK_BYTES * samples / copy.num_bytes)))
+
+    def gathered() -> None:
+        for lo in range(0, samples, rows):
+            gather(shards, which[lo : lo + rows], row[lo : lo + rows])
+
+    parse = Cost(max(0.0, both.cpu_s - read.cpu_s), max(0.0, both.wall_s - read.wall_s))
+    return {"parse": parse, "gather": timed(gathered, samples)}
 
 
-def _packed(manifest: Manifest, table: pa.Table, folder: str) -> Cost:
-    """Cost of parse and order of the same samples in the packed layout."""
-    place = os.path.join(folder, "packed")
-    writer = ShardWriter(place, "packed", manifest.fields, manifest.label, layout="packed")
-    writer.write_table(table)
-    packed = writer.close()
-    parts = _reading(packed, packed)
-    return Cost(parts["parse"].cpu_s + parts["order"].cpu_s, parts["parse"].wall_s + parts["order"].wall_s)
+def _some(copy: Manifest, name: str, samples: int) -> pa.Table:
+    """Up to `samples` samples as a block has them. Raises DataError for a shard that isn't what the manifest says."""
+    shards = [open_shard(copy, i, fields=[name]) for i in range(len(copy.shards))]
+    order = np.arange(min(samples, copy.num_samples))
+    first = np.cumsum([0, *(shard.num_rows for shard in shards)])
+    which = np.searchsorted(first, order, side="right") - 1
+    return gather(shards, which, order - first[which]).combine_chunks()
+
+
+def _packed(copy: Manifest, name: str, folder: str) -> Cost:
+    """Cost of parse and gather of the same samples in the packed layout."""
+    writer = ShardWriter(os.path.join(folder, "packed"), "packed", copy.fields, copy.label, layout="packed")
+    for i in range(len(copy.shards)):
+        writer.write_table(read_shard(copy, i, verify=False))
+    parts = _reading(writer.close(), name)
+    return parts["parse"] + parts["gather"]
 
 
 # --- decode --------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Decoding:
-    """Blocks of a field's encoded values, and what decodes one."""
+class Decoding:
+    """Decodes the samples of `table` (key, the field, `HOLE`) in blocks, as a stream does.
 
-    column: pa.ChunkedArray
-    keys: list[str]
+    Attributes:
+        rows: samples of a block: few enough that its memory stays in the processor's reach and is used again.
+    """
+
+    table: pa.Table
+    field: str
     spec: FieldSpec
     image_size: int | None
-    rows: int = 0
+    channels: int
+    rows: int = _BLOCK_ROWS
 
     def __post_init__(self) -> None:
-        """Small enough blocks that their memory is used again: fresh pages aren't part of decoding."""
-        first = self._decode(0, 1)
-        size = first.nbytes if isinstance(first, np.ndarray) else 0
-        self.rows = max(1, min(_BLOCK_ROWS, _DECODED_BYTES // max(1, size)))
+        self._keys = self.table.column("key").to_pylist()
+        self._memory = threading.local()
+        first = self.decode(0)
+        if isinstance(first, np.ndarray):
+            self.rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(1, first[0].nbytes)))
 
-    def blocks(self) -> Iterator[int]:
+    def firsts(self) -> range:
         """First row of each block."""
-        return iter(range(0, len(self.keys), self.rows))
+        return range(0, len(self._keys), self.rows)
 
     def decode(self, first: int) -> Any:
-        """The block that begins at row `first`, decoded as a stream does it."""
-        return self._decode(first, self.rows)
+        """The block that begins at row `first`: uint8 (B, H, W, C), else a list of values."""
+        part = self.table.column(self.field).slice(first, self.rows)
+        if self.spec.kind != "image":
+            return part.to_pylist()
+        keys = self._keys[first : first + self.rows]
+        return decode_views(binary_views(part), keys, self.image_size, self.channels, memory=self._take)[0]
 
-    def _decode(self, first: int, rows: int) -> Any:
-        part, keys = self.column.slice(first, rows), self.keys[first : first + rows]
-        if self.spec.kind == "image":
-            return decode_images(part, keys, size=self.image_size)[0]
-        if self.spec.kind == "array":
-            return decode_arrays(part, self.spec, keys)[0]
-        return part.to_pylist()
+    def in_task(self, first: int) -> pa.Table:
+        """The same block as a read task decodes it."""
+        return decode_block(self.table.slice(first, self.rows), self.field, self.image_size, self.channels)
 
-    def table(self) -> pa.Table:
-        """Decoded samples, about a block's bytes of them, as a read task hands them over."""
-        values = self.decode(0)
-        if not isinstance(values, np.ndarray):
-            return pa.table({"key": self.keys, "value": self.column})
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        return pa.table({"value": pa.FixedSizeListArray.from_arrays(flat, max(1, values[0].size))})
+    def _take(self, shape: tuple[int, ...]) -> np.ndarray:
+        # a stream uses its batches' memory again, too; each thread has its own here
+        kept = getattr(self._memory, "array", None)
+        if kept is None or kept.shape != shape:
+            kept = self._memory.array = np.empty(shape, np.uint8)
+        return kept
 
 
-def _decoding(work: _Decoding) -> dict[str, Cost]:
-    decode = timed(lambda: [work.decode(first) for first in work.blocks()], len(work.keys))
-    values = work.decode(0)
-    if not isinstance(values, np.ndarray):
-        return {"decode": decode, "copy": Cost(0.0, 0.0)}
+def _in_tasks(work: Decoding, handover: bool) -> dict[str, Cost]:
+    """What decoding in read tasks costs instead: the decoded samples travel, and are copied into batches."""
+    count = work.table.num_rows
+    parts = {"decode, task": timed(lambda: [work.in_task(first) for first in work.firsts()], count)}
+    block = work.in_task(0)
+    if handover:
+        parts["hand over, task"] = _handover(block)
+    values = block.column(work.field).combine_chunks().flatten().to_numpy()
     batch = np.empty_like(values)
-    return {"decode": decode, "copy": timed(lambda: np.copyto(batch, values), len(values), 0.1)}
+    return parts | {"copy, task": timed(lambda: np.copyto(batch, values), block.num_rows, 0.1)}
 
 
-def _decode_for(work: _Decoding, seconds: float, first: int) -> float:
-    """Samples/s of one thread decoding for `seconds`, beginning with block number `first`."""
-    starts = list(work.blocks())
-    began, done = time.perf_counter(), 0
+def _decode_for(work: Decoding, seconds: float, number: int) -> float:
+    """Samples/s of one thread decoding for `seconds`, beginning with block `number`."""
+    firsts, rows, done = work.firsts(), work.table.num_rows, 0
+    began = time.perf_counter()
     while (passed := time.perf_counter() - began) < seconds or not done:
-        row = starts[first % len(starts)]
-        work.decode(row)
-        done += min(work.rows, len(work.keys) - row)
-        first += 1
+        first = firsts[number % len(firsts)]
+        work.decode(first)
+        done += min(work.rows, rows - first)
+        number += 1
     return done / passed
 
 
-def _decode_rates(work: _Decoding, workers: int, folder: str, seconds: float = 0.6) -> dict[str, float]:
+def _decode_rates(work: Decoding, workers: int, folder: str, seconds: float = 0.6) -> dict[str, float]:
     """Samples/s of pure decode: by one thread, by `workers` threads, by as many processes."""
     rates = {"one": _decode_for(work, seconds, 0)}
     if workers == 1:
@@ -257,29 +285,25 @@ def _decode_rates(work: _Decoding, workers: int, folder: str, seconds: float = 0
     with ThreadPoolExecutor(workers) as pool:
         rates["threads"] = sum(pool.map(_decode_for, [work] * workers, times, numbers))
     path = os.path.join(folder, "values.arrow")
-    table = pa.table({"key": work.keys, "value": work.column})
-    with pa.ipc.new_file(path, table.schema) as file:
-        file.write_table(table)
-    with get_context("spawn").Pool(workers, _open_values, (path, work.spec, work.image_size)) as processes:
-        processes.map(_warm, numbers, chunksize=1)
-        rates["processes"] = sum(processes.starmap(_decode_here, zip(times, numbers, strict=True), chunksize=1))
+    with pa.ipc.new_file(path, work.table.schema) as file:
+        file.write_table(work.table)
+    rest = (path, work.field, work.spec, work.image_size, work.channels)
+    with get_context("spawn").Pool(workers, _open_values, rest) as processes:
+        for wanted in (0.05, seconds):  # the first time waits for the processes
+            found = processes.starmap(_decode_here, [(wanted, number) for number in numbers], chunksize=1)
+    rates["processes"] = sum(found)
     return rates
 
 
-_here: list[_Decoding] = []  # of a process of the pool
+_here: list[Decoding] = []  # of a process of the pool
 
 
-def _open_values(path: str, spec: FieldSpec, image_size: int | None) -> None:
-    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-    _here.append(_Decoding(table.column("value"), table.column("key").to_pylist(), spec, image_size))
+def _open_values(path: str, *rest: Any) -> None:
+    _here.append(Decoding(pa.ipc.open_file(pa.memory_map(path)).read_all(), *rest))
 
 
-def _warm(first: int) -> None:
-    _decode_for(_here[0], 0.05, first)
-
-
-def _decode_here(seconds: float, first: int) -> float:
-    return _decode_for(_here[0], seconds, first)
+def _decode_here(seconds: float, number: int) -> float:
+    return _decode_for(_here[0], seconds, number)
 
 
 # --- hand-over -----------------------------------------------------------------------------------------
@@ -351,7 +375,7 @@ def render_bench(found: Bench, console: Console) -> None:
         table.add_column(name, justify="right")
     used, total = found.used(found.best), found.cpu_s(found.best)
     for name, cost in found.parts.items():
-        share = f"{cost.cpu_s / total:.0%}" if name in used else "not used"
+        share = f"{cost.cpu_s / total:.0%}" if name in used else "-"
         table.add_row(name, f"{cost.cpu_s:.4f}", f"{cost.wall_s:.4f}", share)
     console.print(table)
     rates = ", ".join(f"{rate:,.0f} by {way}" for way, rate in found.decode_rate.items())
@@ -360,9 +384,9 @@ def render_bench(found: Bench, console: Console) -> None:
         say(
             f"Fetching, {found.threads} at once: {found.fetch_rate:,.0f} samples/s; {found.latency_s * 1000:.1f} ms a request."
         )
-    for place in ("late", "task"):
+    for place in found.places:
         ceiling = found.ceiling(place)
-        where = "late, in the rank's threads" if place == "late" else "in read tasks"
+        where = "late, in the rank's threads" if place == "late" else "in read tasks (the parts called task)"
         say(f"Ceiling if decoded {where}: {ceiling.rate:,.0f} samples/s, bound by {ceiling.bound}.")
     decode = found.parts["decode"]
     if decode.wall_s > _BUSY * decode.cpu_s:

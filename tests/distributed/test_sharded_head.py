@@ -7,7 +7,6 @@ the tests of its world with its traceback. `trace_*` results are compared betwee
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from labelmill.heads.config import HeadConfig
 from labelmill.heads.optim import SGD, Adagrad, AdamW
 from labelmill.heads.sampling import sampled_classes
 from labelmill.heads.sharded import ShardedHead
+from labelmill.heads.storage import write_index
 from labelmill.losses.classification import MLC, MLCD, Decoupled, MultiSoftmax
 from labelmill.losses.margins import ArcFace, Combined, CosFace
 from labelmill.training.local import spawn
@@ -405,9 +405,10 @@ def trace_training(rank: int, world: int, folder: str) -> dict[str, Any]:
     head = make(1003, seed=7, **saved_config())
     losses = train(head, rank, world, 0, 4)
     if world == 2:
-        entry = head.save(folder)
-        Path(folder, f"entry-{rank}.txt").write_text(f"{entry['file']} {entry['start']} {entry['stop']}")
-        head.export_rows(folder, torch.float16)
+        parts: list[Any] = [None] * world
+        torch.distributed.all_gather_object(parts, head.save(folder))
+        if rank == 0:
+            write_index(folder, head.num_classes, parts)
     losses += train(head, rank, world, 4, 7)
     return {"losses": losses, "rows": whole(head, head.w_CD), "touched": whole(head, head.state["touched"])}
 
@@ -416,30 +417,17 @@ def trace_resumed(rank: int, world: int, folder: str) -> dict[str, Any]:
     """The run that two ranks saved, continued by this many."""
     if world == 2:
         torch.distributed.barrier()
-    entries = read_entries(folder)
     head = make(1003, seed=7, **saved_config())
-    head.load(folder, entries)
+    head.load(folder)
     assert head.steps == 4
     losses = train(head, rank, world, 4, 7)
-    with pytest.raises(DataError, match=r"no file holds the classes \[0, "):
-        head.load(folder, entries[1:])
-    with pytest.raises(DataError, match="two files hold the classes"):
-        head.load(folder, [*entries, entries[0]])
     if head.start < head.stop:
         other = make(1003, seed=7, **{**saved_config(), "optimizer": SGD()})
         with pytest.raises(DataError, match="another row optimizer"):
-            other.load(folder, entries)
+            other.load(folder)
     with pytest.raises(DataError, match="the head has 900"):
-        make(900, **saved_config()).load(folder, entries)
+        make(900, **saved_config()).load(folder)
     return {"losses": losses, "rows": whole(head, head.w_CD)}
-
-
-def read_entries(folder: str) -> list[dict[str, Any]]:
-    entries = []
-    for path in sorted(Path(folder).glob("entry-*.txt")):
-        file, start, stop = path.read_text().split(" ")
-        entries.append({"file": file, "start": int(start), "stop": int(stop)})
-    return entries
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -16,7 +16,7 @@ classes of this rank, D embedding size, k results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from labelmill.errors import DataError
-from labelmill.heads import sampling, storage
+from labelmill.heads import sampling, saving
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.rows import PendingRows, Scratch, StepRows
+from labelmill.heads.snapshot import RowSnapshot
 from labelmill.heads.statistics import GlobalBatch, HeadPass, Pairs, needs_maximum
 from labelmill.heads.topk import merge_topk, topk_rows
 
@@ -94,6 +95,7 @@ class ShardedHead:
         self._pending = PendingRows(self._scratch)
         self._use_max = needs_maximum(config.normalize, config.scale, num_classes, dtype)
         self._drawn: tuple[int, Tensor] | None = None  # (step, local rows drawn for it)
+        self.snapshot: RowSnapshot | None = None  # of a save that is being written
         # makes the loss differentiable also when the embeddings are not (a frozen encoder)
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -119,6 +121,7 @@ class ShardedHead:
         rows_KD = rows_KD.to(self.device, self.dtype)
         if not bool(torch.isfinite(rows_KD).all()) or (self.config.normalize and bool((rows_KD == 0).all(dim=1).any())):
             raise ValueError("class rows must be finite and, for a normalised head, not zero")
+        self.protect(torch.unique(ids_K - self.start))
         self.w_CD[ids_K - self.start] = rows_KD
         for tensor in self.state.values():
             tensor[ids_K - self.start] = 0
@@ -172,6 +175,7 @@ class ShardedHead:
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
+            self.protect(local)
             rows_RD = self.w_CD[local]  # a view for a slice, a copy for ids
             state = {name: tensor[local] for name, tensor in self.state.items()}
             self.config.optimizer.update_(rows_RD, grad_RD, state, lr * self.config.lr_multiplier)
@@ -217,30 +221,45 @@ class ShardedHead:
         """This rank's rows and optimizer state by name, first axis C (views)."""
         return {"rows": self.w_CD, **{f"{self.config.optimizer.kind}.{n}": t for n, t in self.state.items()}}
 
+    def notes(self) -> dict[str, Any]:
+        """What a saved head needs besides its tensors, as JSON values; equal on each rank."""
+        config = self.config
+        return {
+            "dim": self.dim,
+            "seed": self.seed,
+            "steps": self.steps,
+            "block_rows": config.block_rows,
+            "init_std": config.init_std,
+            "normalize": config.normalize,
+            "optimizer": config.optimizer.kind,
+        }
+
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Writes own rows and optimizer state to one safetensors file; returns its {file, start, stop}."""
-        notes = {"num_classes": self.num_classes, "dim": self.dim, "seed": self.seed, "steps": self.steps}
-        return storage.save_range(folder, "head", self.state_tensors(), self.start, self.stop, notes)
+        """Writes own rows and optimizer state; returns this rank's part of the index (`saving.HeadSave`)."""
+        return saving.HeadSave(self, folder).write()
 
-    def load(self, folder: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Reads own classes from the files of `save`, written by any number of ranks.
+    def begin_save(self, folder: str | Path, memory_bytes: int) -> saving.HeadSave:
+        """Takes a snapshot now, which a thread can write while training goes on (`saving.HeadSave`)."""
+        return saving.HeadSave(self, folder, memory_bytes)
 
-        Raises DataError for missing or doubled classes, missing files, other sizes or another row optimizer.
-        """
-        ordered = storage.check_cover(entries, self.num_classes, folder)
-        notes = storage.load_range(folder, ordered, self.state_tensors(), self.start, self.stop)
+    def protect(self, local: slice | Tensor) -> None:
+        """Must be called before local rows or their state change: a save may still have to write them."""
+        if self.snapshot is not None:
+            self.snapshot.protect(local)
+
+    def load(self, folder: str | Path) -> None:
+        """Reads own classes from a head saved by any number of ranks (`saving.load_head`)."""
+        saving.load_head(self, folder)
+
+    def take_notes(self, notes: Mapping[str, Any]) -> None:
+        """Goes on from a saved head's `notes`, after own rows were replaced."""
         self.steps = int(notes["steps"])
         self._pending.clear()
         self._drawn = None
 
-    def export_rows(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Writes own rows alone, unit length if the head normalises, to `rows-<start>-<stop>.safetensors`."""
-        rows_CD = torch.empty(self.w_CD.shape, dtype=dtype)
-        for lo in range(0, len(rows_CD), ROWS_AT_ONCE):
-            part = self.w_CD[lo : lo + ROWS_AT_ONCE]
-            rows_CD[lo : lo + ROWS_AT_ONCE] = torch.nn.functional.normalize(part) if self.config.normalize else part
-        notes = {"num_classes": self.num_classes, "dim": self.dim, "normalized": self.config.normalize}
-        return storage.save_range(folder, "rows", {"rows": rows_CD}, self.start, self.stop, notes)
+    def export_rows(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+        """Writes own rows alone, unit length if the head normalises (`saving.export_rows`)."""
+        return saving.export_rows(self, folder, dtype)
 
     # --- parts of the loss ------------------------------------------------------------------------------
 

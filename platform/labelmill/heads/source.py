@@ -81,8 +81,10 @@ class RowSource:
                         for name, tensor in into.items():
                             file.read_page(name, page_lo, page_hi, a, b, tensor[a - lo : b - lo])
 
-    def take_into(self, into: Mapping[str, Tensor], ids_K: Tensor) -> None:
-        """Fills tensors (K, ...) with the classes `ids_K`, verified; each page that holds one is read once.
+    def take_into(self, into: Mapping[str, Tensor], ids_K: Tensor, at_K: Tensor | None = None) -> None:
+        """Puts the classes `ids_K` at rows `at_K` of tensors (by default 0 to K - 1), verified.
+
+        Each page that holds one of them is read once.
 
         Raises DataError as `read_into`, and for ids out of range.
         """
@@ -92,6 +94,7 @@ class RowSource:
             raise DataError(f"{self.folder}: class {int(bad)} is out of range: it holds 0 to {self.num_classes - 1}.")
         order_K = torch.argsort(ids_K, stable=True)
         sorted_K = ids_K[order_K].contiguous()
+        order_K = order_K if at_K is None else at_K[order_K]
         for entry in self.files:
             first, last = torch.searchsorted(sorted_K, torch.tensor([entry.start, entry.stop])).tolist()
             if first == last:

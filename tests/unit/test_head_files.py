@@ -279,7 +279,7 @@ def test_a_head_trains_while_it_is_saved(tmp_path: Path, small_pages: None, monk
             got = source.read(0, CLASSES)
             assert all(torch.equal(got[name], want[name]) for name in want)
             assert source.notes["steps"] == 2
-            assert head.snapshot is None
+            assert head.rows.snapshot is None
             again = ShardedHead(CLASSES, DIM, head.config, seed=1)
             again.load(folder)
             assert torch.equal(again.w_CD, want["rows"])

@@ -23,11 +23,12 @@ from labelmill.heads.config import HeadConfig
 from labelmill.heads.export import export
 from labelmill.heads.insightface import first_class, import_insightface, share
 from labelmill.heads.optim import SGD, AdamW
-from labelmill.heads.refill import encode, first_rows
+from labelmill.heads.refill import first_rows
 from labelmill.heads.reshard import convert, grow, load_with_map, remap, shrink
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.source import open_rows
 from labelmill.heads.storage import part_of, specs_of, write_index, write_rows
+from labelmill.losses.margins import CosFace
 
 CLASSES, DIM = 403, 8
 
@@ -141,7 +142,9 @@ def test_grow_with_given_rows_and_other_seeds(tmp_path: Path, saved: tuple[Shard
 def test_first_rows_of_unaligned_ranges() -> None:
     fresh = make_head(1000)
     for lo, hi in [(0, 1000), (7, 8), (403, 999), (990, 1000)]:
-        assert torch.equal(first_rows(1000, DIM, fresh.notes(), lo, hi), fresh.w_CD[lo:hi])
+        assert torch.equal(
+            first_rows(1000, storage.TensorSpec("F32", (DIM,)), fresh.notes(), lo, hi), fresh.w_CD[lo:hi]
+        )
 
 
 def test_shrink_and_remap_carry_the_state(tmp_path: Path, saved: tuple[ShardedHead, Path]) -> None:
@@ -196,30 +199,55 @@ def test_merged_classes(tmp_path: Path, saved: tuple[ShardedHead, Path]) -> None
     assert all(torch.equal(value[201], old[name][402]) for name, value in mean.items())  # alone: as it was
 
 
-def test_unit_rows_with_a_length_column(tmp_path: Path) -> None:
-    """Heads that store directions and lengths go through the same verbs."""
-    raw = make_head(50).w_CD * 3
-    stored = encode(raw, {"rows": storage.TensorSpec("F32", (DIM,)), "length": storage.TensorSpec("F32")})
-    stored["sgd.momentum"] = torch.randn(50, DIM)
-    stored["sgd.last"] = torch.full((50,), 4, dtype=torch.int32)
-    notes = make_head().notes() | {"fresh": {"sgd.last": 7}}
-    files = write_rows(
-        tmp_path / "in", "head", specs_of(stored), 0, 50, lambda a, b: {n: t[a:b] for n, t in stored.items()}
-    )
-    write_index(tmp_path / "in", 50, [part_of(specs_of(stored), 0, 50, files, notes)])
-    grown = grow(tmp_path / "in", tmp_path / "out", 70).read(50, 70)
-    fresh = make_head(70).w_CD[50:]
-    torch.testing.assert_close(grown["rows"] * grown["length"][:, None], fresh)
-    torch.testing.assert_close(grown["rows"].norm(dim=1), torch.ones(20))
-    assert (grown["sgd.last"] == 7).all()
-    merged = remap(tmp_path / "in", tmp_path / "mean", torch.arange(50) // 2, merge="mean").read(0, 25)
-    torch.testing.assert_close(merged["length"], (stored["length"][0::2] + stored["length"][1::2]) / 2)
-    torch.testing.assert_close(merged["rows"].norm(dim=1), torch.ones(25))
-    matrix = np.load(export(tmp_path / "in", tmp_path / "raw.npy", unit=False))
-    torch.testing.assert_close(torch.from_numpy(matrix), raw)
-    head = make_head(60, optimizer=SGD())
-    load_with_map(head, tmp_path / "in", optimizer="fresh")
-    torch.testing.assert_close(head.w_CD[:50], raw)
+@pytest.mark.parametrize("config", [{"sub_centres": 3}, {"rows_dtype": "bf16+master"}, {"rows_dtype": "bf16"}])
+def test_sub_centres_and_narrow_rows(tmp_path: Path, config: dict[str, Any]) -> None:
+    """What a class owns goes along as a whole, and the rows of new classes are those of a fresh head."""
+    config = {"margin": CosFace(), "optimizer": SGD(), "init_std": 0.3} | config
+    head = make_head(**config)
+    for _ in range(2):
+        head.loss(torch.randn(9, DIM), torch.randint(CLASSES, (9,))).backward()
+        head.step(0.1)
+    old = {name: value.clone() for name, value in head.state_tensors().items()}
+    write_index(tmp_path / "in", CLASSES, [head.save(tmp_path / "in")])
+    new_of_old = torch.randperm(500)[:CLASSES]
+    fresh = torch.ones(500, dtype=torch.bool)
+    fresh[new_of_old] = False
+    remap(tmp_path / "in", tmp_path / "out", new_of_old, 500)
+    other, direct = make_head(500, **config), make_head(500, **config)
+    drawn = {name: value.clone() for name, value in other.state_tensors().items()}
+    other.load(tmp_path / "out")
+    load_with_map(direct, tmp_path / "in", new_of_old)
+    for name, value in other.state_tensors().items():
+        assert torch.equal(value[new_of_old], old[name])
+        assert torch.equal(value[fresh], drawn[name][fresh])
+        assert torch.equal(direct.state_tensors()[name], value)
+    for one in (other, direct):  # what is derived from the rows follows
+        x_BD, ids_B = torch.ones(4, DIM), torch.tensor([0, 2, 3, 499])
+        assert torch.equal(one.loss(x_BD, ids_B).detach(), other.loss(x_BD, ids_B).detach())
+    again = make_head(500, seed=9, **config)
+    load_with_map(again, tmp_path / "out", optimizer="fresh")
+    if config.get("rows_dtype") != "bf16":  # which rounds at random
+        assert torch.equal(again.w_CD, other.w_CD)
+    assert not again.state["momentum"].any()
+    merged = remap(tmp_path / "in", tmp_path / "mean", torch.arange(CLASSES) // 2, merge="mean").read(0, 202)
+    master = merged.get("sgd.master", merged["rows"].float())
+    assert torch.equal(merged["rows"], master.to(merged["rows"].dtype))
+    if "sub_centres" in config:
+        with pytest.raises(DataError, match="3 sub-centres a class"):
+            export(tmp_path / "in", tmp_path / "m.npy")
+        with pytest.raises(DataError, match="3 x 8 numbers a class, the head's 1 x 8"):
+            load_with_map(make_head(CLASSES), tmp_path / "in")
+
+
+def test_loaded_rows_are_what_the_loss_uses(tmp_path: Path) -> None:
+    head = make_head()
+    head.w_CD.mul_(7)  # lengths are derived and must not stay those of before
+    write_index(tmp_path / "long", CLASSES, [head.save(tmp_path / "long")])
+    x_BD, ids_B = torch.randn(4, DIM), torch.tensor([0, 2, 3, 402])
+    other = make_head(seed=8)
+    other.loss(x_BD, ids_B)
+    other.load(tmp_path / "long")
+    assert torch.equal(other.loss(x_BD, ids_B).detach(), head.loss(x_BD, ids_B).detach())
 
 
 def test_maps_that_do_not_fit(tmp_path: Path, saved: tuple[ShardedHead, Path]) -> None:
@@ -246,7 +274,7 @@ def test_maps_that_do_not_fit(tmp_path: Path, saved: tuple[ShardedHead, Path]) -
     with pytest.raises(DataError, match="another row optimizer"):
         load_with_map(make_head(optimizer=SGD()), folder)
     load_with_map(make_head(optimizer=SGD()), folder, optimizer="fresh")
-    with pytest.raises(DataError, match="rows have 8 numbers, the head's 9"):
+    with pytest.raises(DataError, match="rows have 1 x 8 numbers a class, the head's 1 x 9"):
         load_with_map(ShardedHead(CLASSES, 9, HeadConfig()), folder)
     assert not (tmp_path / "out").exists()
     assert class_map(ids, CLASSES).fresh == 0

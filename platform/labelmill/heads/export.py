@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labelmill.errors import DataError
 from labelmill.heads.classmap import read_names
-from labelmill.heads.refill import LENGTH, decode
+from labelmill.heads.refill import MASTER, whole_rows
 from labelmill.heads.reshard import cast, new_folder
 from labelmill.heads.source import RowSource, open_rows
 from labelmill.heads.storage import Fetch, TensorSpec, write_rows
@@ -36,10 +36,12 @@ def export(
     """
     old, out = open_rows(source), Path(out)
     unit = bool(old.notes.get("normalize", True)) if unit is None else unit
-    kept = ["rows", *([LENGTH] if LENGTH in old.specs else [])]
+    kept = [name for name in old.specs if name == "rows" or name.endswith(MASTER)]
+    if old.sub_centres > 1:
+        raise DataError(f"{source}: has {old.sub_centres} sub-centres a class, and no one row a class to export.")
 
     def fetch(lo: int, hi: int) -> dict[str, Tensor]:
-        raw_RD = decode(old.read(lo, hi, kept))
+        raw_RD = whole_rows(old.read(lo, hi, kept))
         rows_RD = torch.nn.functional.normalize(raw_RD, dim=1) if unit else raw_RD
         return {"rows": cast(rows_RD, dtype, f"{source}: a row")}
 

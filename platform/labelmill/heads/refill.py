@@ -1,11 +1,13 @@
 """Rows and state of new classes from those of old ones, merged, or fresh.
 
-Shape legend: C new classes, K old or fresh classes of a range of new ones, G merged classes, D embedding size.
+With sub-centres a row is (centres, D) wherever (D,) is said. Shape legend: C new classes, K old or fresh classes of a
+range of new ones, G merged classes, D embedding size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,11 +19,11 @@ from labelmill.errors import DataError
 from labelmill.heads import sampling
 from labelmill.heads.classmap import ClassMap
 from labelmill.heads.source import RowSource
-from labelmill.heads.storage import Specs, TensorSpec
+from labelmill.heads.storage import TensorSpec
 
 Merge = Literal["refuse", "first", "mean"]
-LENGTH = "length"
-"""Name of the column of row lengths in heads that store unit rows; without it `rows` are whole."""
+MASTER = ".master"
+"""How the name of a wide original of narrow rows ends; it says what the rows are."""
 
 
 class Fresh(Protocol):
@@ -51,13 +53,14 @@ class FreshRows:
     def __init__(
         self, plan: ClassMap, source: RowSource, notes: Mapping[str, Any], rows: str | Path | Tensor | None
     ) -> None:
-        self.plan, self.specs, self.notes, self.dim = plan, source.specs, notes, source.dim
+        self.plan, self.spec, self.notes = plan, source.specs["rows"], notes
         self.given = None if rows is None else _matrix(rows)
         self._ids = torch.ones(plan.num_classes, dtype=torch.bool)
         self._ids[plan.new_K] = False
         self._before = self._ids.cumsum(0) - self._ids.long() if self.given is not None else None
-        if self.given is not None and tuple(self.given.shape) != (plan.fresh, self.dim):
-            raise DataError(f"{plan.fresh} new classes need rows ({plan.fresh}, {self.dim}), not {self.given.shape}.")
+        want = (plan.fresh, *self.spec.shape)
+        if self.given is not None and self.given.shape != want:
+            raise DataError(f"{plan.fresh} new classes need rows {want}, not {self.given.shape}.")
         lacking = [key for key in ("seed", "init_std", "block_rows") if key not in notes]
         if plan.fresh and self.given is None and lacking:
             raise DataError(f"{source.folder}: doesn't note {', '.join(lacking)}: give rows for the new classes.")
@@ -71,42 +74,33 @@ class FreshRows:
             assert self._before is not None
             first = int(self._before[lo + int(at_K[0])])
             raw_KD = torch.from_numpy(np.array(self.given[first : first + len(at_K)]))
-            bad = ~torch.isfinite(raw_KD).all(dim=1) | (~raw_KD.any(dim=1) & bool(self.notes.get("normalize", True)))
+            flat = raw_KD.flatten(0, -2)
+            bad = ~torch.isfinite(flat).all(dim=1) | (~flat.any(dim=1) & bool(self.notes.get("normalize", True)))
             if bool(bad.any()):
-                raise DataError(f"row {first + int(bad.nonzero()[0])} for a new class is zero or not finite.")
+                at = first + int(bad.nonzero()[0]) // (len(flat) // len(raw_KD))
+                raise DataError(f"row {at} for a new class is zero or not finite.")
         else:
-            raw_KD = first_rows(self.plan.num_classes, self.dim, self.notes, lo, hi)[at_K]
-        for name, value in encode(raw_KD, self.specs).items():
-            chunk[name][at_K] = value.to(chunk[name].dtype)
-        values = self.notes.get("fresh", {})
+            raw_KD = first_rows(self.plan.num_classes, self.spec, self.notes, lo, hi)[at_K]
         for name, tensor in chunk.items():
-            if name not in ("rows", LENGTH):
-                tensor[at_K] = values.get(name, 0)
+            tensor[at_K] = 0
+            if name == "rows" or name.endswith(MASTER):
+                tensor[at_K] = raw_KD.to(chunk["rows"].dtype).to(tensor.dtype)
 
 
-def first_rows(num_classes: int, dim: int, notes: Mapping[str, Any], lo: int, hi: int) -> Tensor:
-    """Rows (hi - lo, D) float32 that a fresh head of `num_classes` draws for the classes [lo, hi)."""
-    block = int(notes["block_rows"])
+def first_rows(num_classes: int, spec: TensorSpec, notes: Mapping[str, Any], lo: int, hi: int) -> Tensor:
+    """Rows (hi - lo, D) that a fresh head of `num_classes` draws for the classes [lo, hi)."""
+    block, std = int(notes["block_rows"]), float(notes["init_std"])
     size = sampling.block_size(num_classes, block)
     begin, end = lo // size * size, min(-(-hi // size) * size, num_classes)
-    rows = sampling.initial_rows(
-        num_classes, dim, block, begin, end, int(notes["seed"]), float(notes["init_std"]), torch.float32
-    )
-    return rows[lo - begin : hi - begin]
+    width, seed = prod(spec.shape), int(notes["seed"])
+    rows = sampling.initial_rows(num_classes, width, block, begin, end, seed, std, spec.torch_dtype)
+    return rows[lo - begin : hi - begin].view(-1, *spec.shape)
 
 
-def encode(raw_KD: Tensor, specs: Specs) -> dict[str, Tensor]:
-    """Whole rows as a head stores them: as they are, or as unit rows and lengths."""
-    if LENGTH not in specs:
-        return {"rows": raw_KD}
-    length_K = torch.linalg.vector_norm(raw_KD, dim=1)
-    return {"rows": torch.nn.functional.normalize(raw_KD, dim=1), LENGTH: length_K}
-
-
-def decode(stored: Mapping[str, Tensor]) -> Tensor:
-    """Whole rows (K, D), float32 or wider, of what `encode` gave."""
-    rows_KD = stored["rows"].to(torch.promote_types(stored["rows"].dtype, torch.float32))
-    return rows_KD * stored[LENGTH][:, None] if LENGTH in stored else rows_KD
+def whole_rows(stored: Mapping[str, Tensor]) -> Tensor:
+    """Rows (K, D) in the widest form that is stored, at least float32."""
+    rows = next((value for name, value in stored.items() if name.endswith(MASTER)), stored["rows"])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _matrix(rows: str | Path | Tensor) -> np.ndarray:
@@ -116,7 +110,7 @@ def _matrix(rows: str | Path | Tensor) -> np.ndarray:
         found = np.load(rows, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{rows}: not a readable .npy matrix: {error}") from error
-    if found.ndim != 2 or found.dtype.kind != "f":
+    if found.ndim < 2 or found.dtype.kind != "f":
         raise DataError(f"{rows}: needs a matrix of floating numbers, is {found.dtype} {found.shape}.")
     return found
 
@@ -165,12 +159,12 @@ def _mean(part: Mapping[str, Tensor], group_K: Tensor, groups: int, normalize: b
         for name, value in part.items()
     }
     if normalize:
-        raw_KD = decode(part).double()
-        unit_GD = mean(torch.nn.functional.normalize(raw_KD, dim=1))
+        raw_KD = whole_rows(part).double()
+        unit_GD = mean(torch.nn.functional.normalize(raw_KD, dim=-1))
         # opposite rows have no mean direction: the first one's stands
-        lost = torch.linalg.vector_norm(unit_GD, dim=1) < 1e-6
-        unit_GD[lost] = torch.nn.functional.normalize(raw_KD[first_G[lost]], dim=1)
-        length_G = mean(torch.linalg.vector_norm(raw_KD, dim=1))
-        whole_GD = torch.nn.functional.normalize(unit_GD, dim=1) * length_G[:, None]
-        merged |= encode(whole_GD, {name: TensorSpec.of(value) for name, value in part.items()})
+        lost = torch.linalg.vector_norm(unit_GD, dim=-1, keepdim=True) < 1e-6
+        unit_GD = torch.where(lost, raw_KD[first_G], unit_GD)
+        length_G1 = mean(torch.linalg.vector_norm(raw_KD, dim=-1, keepdim=True))
+        whole_GD = torch.nn.functional.normalize(unit_GD, dim=-1) * length_G1
+        merged |= {name: whole_GD for name in part if name == "rows" or name.endswith(MASTER)}
     return merged

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from labelmill.errors import DataError
 from labelmill.heads.classmap import ClassMap, class_map, first_classes
-from labelmill.heads.refill import LENGTH, FreshRows, KeepRows, Merge, check_merge, decode, fill_classes
+from labelmill.heads.refill import MASTER, FreshRows, KeepRows, Merge, check_merge, fill_classes, whole_rows
 from labelmill.heads.source import RowSource, open_rows
-from labelmill.heads.storage import FILE_BYTES, Fetch, Specs, TensorSpec, part_of, write_index, write_rows
+from labelmill.heads.storage import FILE_BYTES, PAGE_BYTES, Fetch, Specs, TensorSpec, part_of, write_index, write_rows
 
 if TYPE_CHECKING:
     from labelmill.heads.sharded import ShardedHead
@@ -53,11 +53,11 @@ def convert(
     Raises DataError for a damaged source, and for values that the new dtype can't hold.
     """
     old = open_rows(source)
-    kept = [name for name in old.specs if not weights_only or name in ("rows", LENGTH)]
+    kept = [name for name in old.specs if not weights_only or name == "rows"]
     specs = {}
     for name in kept:
         spec, wanted = old.specs[name], dtype if name == "rows" else state_dtype
-        changes = wanted is not None and spec.torch_dtype.is_floating_point and name != LENGTH
+        changes = wanted is not None and spec.torch_dtype.is_floating_point
         specs[name] = TensorSpec.of(torch.empty(0, *spec.shape, dtype=wanted)) if changes else spec
 
     def fetch(lo: int, hi: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def convert(
 
     notes = dict(old.notes)
     if weights_only:
-        notes = {key: value for key, value in notes.items() if key not in ("optimizer", "fresh")}
+        notes = {key: value for key, value in notes.items() if key != "optimizer"}
     return write_head(out, old.num_classes, specs, notes, fetch, files, file_mb)
 
 
@@ -262,32 +262,34 @@ def load_with_map(
     Raises DataError as `remap`, and for another embedding size or row optimizer.
     """
     source = open_rows(folder)
-    if source.dim != head.dim:
-        raise DataError(f"{folder}: rows have {source.dim} numbers, the head's {head.dim}.")
+    if source.dim != head.dim or source.sub_centres not in (1, head.config.sub_centres):
+        raise DataError(
+            f"{folder}: rows have {source.sub_centres} x {source.dim} numbers a class, the head's "
+            f"{head.config.sub_centres} x {head.dim}."
+        )
     plan = (
         first_classes(source.num_classes, head.num_classes)
         if new_of_old_O is None
         else class_map(new_of_old_O, source.num_classes, head.num_classes)
     )
     check_merge(plan, merge)
-    keep = optimizer == "keep" and not set(source.specs) <= {"rows", LENGTH}
-    tensors = head.state_tensors()
-    if keep and set(source.specs) != set(tensors):
-        raise DataError(
-            f"{folder}: holds {sorted(source.specs)}, the head needs {sorted(tensors)}: another row optimizer wrote it. "
-            "Load the rows alone (optimizer fresh)."
-        )
-    if keep:
-        head.protect(slice(0, head.stop - head.start))
+    if optimizer == "keep" and set(source.specs) != {"rows"}:
+        tensors = head.state_tensors()
+        if set(source.specs) != set(tensors):
+            raise DataError(
+                f"{folder}: holds {sorted(source.specs)}, the head needs {sorted(tensors)}: another row optimizer "
+                "wrote it. Load the rows alone (optimizer fresh)."
+            )
+        head.rows.protect(slice(0, len(head.rows)))
         fill_classes(tensors, source, plan, head.start, head.stop, merge, KeepRows())
         head.take_notes(source.notes)
         return plan
-    names = {"rows": source.specs["rows"]} | ({LENGTH: source.specs[LENGTH]} if LENGTH in source.specs else {})
-    step = max(1, 2**24 // (4 * head.dim))
+    names = [name for name in source.specs if name == "rows" or name.endswith(MASTER)]
+    step = max(1, PAGE_BYTES * 4 // (4 * head.dim * source.sub_centres))
     for lo in range(head.start, head.stop, step):
         hi = min(lo + step, head.stop)
-        chunk = {name: spec.empty(hi - lo) for name, spec in names.items()}
+        chunk = {name: source.specs[name].empty(hi - lo) for name in names}
         fill_classes(chunk, source, plan, lo, hi, merge, KeepRows())
         places = plan.part(lo, hi)[1].unique_consecutive()
-        head.set_rows(places + lo, decode({name: value[places] for name, value in chunk.items()}))
+        head.set_rows(places + lo, whole_rows({name: value[places] for name, value in chunk.items()}))
     return plan

@@ -32,15 +32,15 @@ class HeadSave:
     """
 
     def __init__(self, head: ShardedHead, folder: str | Path, memory_bytes: int | None = None) -> None:
-        if head.snapshot is not None:
+        if head.rows.snapshot is not None:
             raise RuntimeError("the head is still being saved")
         tensors = head.state_tensors()
         self.head, self.folder, self.notes = head, folder, head.notes()
         self.start, self.stop, self.specs = head.start, head.stop, storage.specs_of(tensors)
         self._tensors = tensors if memory_bytes is None else {}
         if memory_bytes is not None:
-            head.snapshot = RowSnapshot(tensors, head.start, memory_bytes)
-        self._snapshot = head.snapshot
+            head.rows.snapshot = RowSnapshot(tensors, head.start, memory_bytes, head.config.sub_centres)
+        self._snapshot = head.rows.snapshot
 
     def write(self) -> dict[str, Any]:
         """Writes own rows and optimizer state, once.
@@ -56,8 +56,8 @@ class HeadSave:
     def close(self) -> None:
         """Lets go of the head; whoever gives up `write` must call it."""
         if self._snapshot is not None:
-            if self.head.snapshot is self._snapshot:
-                self.head.snapshot = None
+            if self.head.rows.snapshot is self._snapshot:
+                self.head.rows.snapshot = None
             self._snapshot.close()
 
     def _fetch(self, lo: int, hi: int) -> Mapping[str, Tensor]:
@@ -82,7 +82,7 @@ def load_head(head: ShardedHead, folder: str | Path) -> None:
         raise DataError(
             f"{folder}: holds {sorted(source.specs)}, the head needs {sorted(tensors)}: another row optimizer wrote it."
         )
-    head.protect(slice(0, head.stop - head.start))
+    head.rows.protect(slice(0, len(head.rows)))
     source.read_into(tensors, head.start, head.stop)
     head.take_notes(source.notes)
 
@@ -90,12 +90,15 @@ def load_head(head: ShardedHead, folder: str | Path) -> None:
 def export_rows(head: ShardedHead, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Writes own rows alone, unit length if the head normalises, to files `rows-<start>-<stop>.safetensors`.
 
-    Returns {file, start, stop} of each.
+    Returns {file, start, stop} of each. Raises ValueError for sub-centres: a plain matrix of rows can't say which of
+    them is nearest.
     """
-    unit = head.config.normalize
+    if head.config.sub_centres > 1:
+        raise ValueError(f"a head of {head.config.sub_centres} sub-centres a class has no one row a class to export")
+    unit, rows_CD = head.config.normalize, head.state_tensors()["rows"]
 
     def fetch(lo: int, hi: int) -> dict[str, Tensor]:
-        part = head.w_CD[lo - head.start : hi - head.start]
+        part = rows_CD[lo - head.start : hi - head.start].to(head.dtype)
         return {"rows": (torch.nn.functional.normalize(part) if unit else part).to(dtype)}
 
     specs = {"rows": storage.TensorSpec.of(torch.empty(0, head.dim, dtype=dtype))}

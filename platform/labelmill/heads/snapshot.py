@@ -29,11 +29,14 @@ from labelmill.heads.storage import specs_of
 class RowSnapshot:
     """What `tensors` (first axis C) held when this was made; C may be 0.
 
+    With sub-centres a class has `rows_a_class` rows, one after the other.
+
     One thread reads pages in ascending order with `page`; another calls `protect` before it changes rows, and goes on
     changing `tensors` in place.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], start: int, memory_bytes: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], start: int, memory_bytes: int, rows_a_class: int = 1) -> None:
+        self.rows_a_class = rows_a_class
         self.start, self.specs = start, specs_of(tensors)
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.rows = min((len(tensor) for tensor in tensors.values()), default=0)
@@ -54,10 +57,13 @@ class RowSnapshot:
         self._room = room  # the first so many of `_free` are free
 
     def protect(self, rows: slice | Tensor) -> None:
-        """Keeps the state of local rows that are about to change; a slice, or int64 ids (K,) without repeats."""
+        """Keeps the state of local rows that are about to change; a slice, or int64 ids (K,)."""
         if self._closed:
             return
-        ids_K = torch.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else rows.cpu()
+        group = self.rows_a_class
+        ids_K = torch.arange(*rows.indices(self.rows * group)) if isinstance(rows, slice) else rows.cpu().unique()
+        if group > 1:
+            ids_K = (ids_K // group).unique_consecutive()
         with self._turn:
             while not self._closed:
                 ids_K = ids_K[(ids_K >= self._passed) & (self._slot_C[ids_K] < 0)]

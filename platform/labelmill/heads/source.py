@@ -7,6 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,19 @@ class RowSource:
 
     @property
     def dim(self) -> int:
-        """Embedding size D. Raises DataError when there is no matrix `rows`."""
+        """Embedding size D. Raises DataError when there are no rows."""
+        return self._row_shape()[-1]
+
+    @property
+    def sub_centres(self) -> int:
+        """Rows a class; with several, their axis stands before D."""
+        return prod(self._row_shape()[:-1])
+
+    def _row_shape(self) -> tuple[int, ...]:
         spec = self.specs.get("rows")
-        if spec is None or len(spec.shape) != 1 or not spec.torch_dtype.is_floating_point:
-            raise DataError(f"{self.folder}: holds {sorted(self.specs)}, no floating matrix 'rows'.")
-        return spec.shape[0]
+        if spec is None or len(spec.shape) not in (1, 2) or not spec.torch_dtype.is_floating_point:
+            raise DataError(f"{self.folder}: holds {sorted(self.specs)}, no floating 'rows'.")
+        return spec.shape
 
     def pages(self, rows: int | None = None) -> Iterator[tuple[int, int]]:
         """Class ranges of at most `rows` (default: about a page) that together are all classes."""

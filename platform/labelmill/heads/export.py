@@ -35,7 +35,7 @@ def export(
     Raises DataError for another suffix, names of another number, or a dtype that `.npy` lacks.
     """
     old, out = open_rows(source), Path(out)
-    unit = bool(old.notes.get("normalize", True)) if unit is None else unit
+    unit = old.normalized if unit is None else unit
     kept = [name for name in old.specs if name == "rows" or name.endswith(MASTER)]
     if old.sub_centres > 1:
         raise DataError(f"{source}: has {old.sub_centres} sub-centres a class, and no one row a class to export.")

@@ -139,7 +139,7 @@ def fill_classes(
         places, group_K = at_K[shared].unique_consecutive(return_inverse=True)
         part = {name: source.specs[name].empty(int(shared.sum())) for name in into}
         source.take_into(part, old_K[shared])
-        for name, value in _mean(part, group_K, len(places), bool(source.notes.get("normalize", True))).items():
+        for name, value in _mean(part, group_K, len(places), source.normalized).items():
             into[name][places] = value.to(into[name].dtype)
     fresh.put(into, lo, hi)
 

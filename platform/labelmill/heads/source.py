@@ -57,6 +57,11 @@ class RowSource:
         """Rows a class; with several, their axis stands before D."""
         return prod(self._row_shape()[:-1])
 
+    @property
+    def normalized(self) -> bool:
+        """Whether the head compares directions; files made before this was noted say `normalized`."""
+        return bool(self.notes.get("normalize", self.notes.get("normalized", True)))
+
     def _row_shape(self) -> tuple[int, ...]:
         spec = self.specs.get("rows")
         if spec is None or len(spec.shape) not in (1, 2) or not spec.torch_dtype.is_floating_point:

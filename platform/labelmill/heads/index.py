@@ -23,16 +23,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from labelmill.errors import DataError, UserError
 from labelmill.heads.refill import whole_rows
 from labelmill.heads.source import RowSource, open_rows
 from labelmill.heads.topk import merge_topk, topk_rows
+from labelmill.job import StrictModel
 
 FILE = "index.json"
 Kind = Literal["faiss", "usearch"]
 CHUNK_BYTES = 64 * 2**20
+
+
+class IndexConfig(StrictModel):
+    """An index that a job packs into the model it registers."""
+
+    kind: Kind = "faiss"
+    factory: str | None = Field(None, description="faiss: an index_factory string; usearch: f32, f16, bf16 or i8")
+    probes: int | None = Field(None, ge=1, description="lists or candidates looked at for a query")
 
 
 @dataclass(frozen=True)

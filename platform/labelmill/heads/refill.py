@@ -80,7 +80,8 @@ class FreshRows:
                 at = first + int(bad.nonzero()[0]) // (len(flat) // len(raw_KD))
                 raise DataError(f"row {at} for a new class is zero or not finite.")
         else:
-            raw_KD = first_rows(self.plan.num_classes, self.spec, self.notes, lo, hi)[at_K]
+            first, last = lo + int(at_K[0]), lo + int(at_K[-1]) + 1
+            raw_KD = first_rows(self.plan.num_classes, self.spec, self.notes, first, last)[at_K - at_K[0]]
         for name, tensor in chunk.items():
             tensor[at_K] = 0
             if name == "rows" or name.endswith(MASTER):

@@ -162,7 +162,10 @@ def _rewrite(
         return chunk
 
     row_bytes = sum(spec.row_bytes for spec in old.specs.values())
-    chunk_rows = max(1, int(memory_mb * 2**20) // max(1, row_bytes))
+    # a map that keeps the order reads the source once whatever the chunk; small ones stay in memory that is warm
+    ordered = bool((plan.old_K.diff() > 0).all())
+    chunk_bytes = min(memory_mb * 2**20, 4 * PAGE_BYTES) if ordered else memory_mb * 2**20
+    chunk_rows = max(1, int(chunk_bytes) // max(1, row_bytes))
     return write_head(out, plan.num_classes, old.specs, notes, in_chunks(fill, chunk_rows, plan.num_classes))
 
 

@@ -87,13 +87,27 @@ class RowSource:
         cut or damaged file.
         """
         self._check_targets(into)
-        for entry in self.files:
-            if max(lo, entry.start) < min(hi, entry.stop):
-                with _OpenFile(self, entry) as file:
-                    for page_lo, page_hi in file.pages(max(lo, entry.start), min(hi, entry.stop)):
-                        a, b = max(lo, page_lo), min(hi, page_hi)
-                        for name, tensor in into.items():
-                            file.read_page(name, page_lo, page_hi, a, b, tensor[a - lo : b - lo])
+        meets = [entry for entry in self.files if max(lo, entry.start) < min(hi, entry.stop)]
+        for number, entry in enumerate(meets):
+            for soon in meets[number : number + 2]:
+                self._read_ahead(soon, into, lo, hi)
+            with _OpenFile(self, entry) as file:
+                for page_lo, page_hi in file.pages(max(lo, entry.start), min(hi, entry.stop)):
+                    a, b = max(lo, page_lo), min(hi, page_hi)
+                    for name, tensor in into.items():
+                        file.read_page(name, page_lo, page_hi, a, b, tensor[a - lo : b - lo])
+
+    def _read_ahead(self, entry: RowFile, names: Iterable[str], lo: int, hi: int) -> None:
+        """Has the system fetch what will be read, so that the disk works while checksums are made."""
+        if not hasattr(os, "posix_fadvise") or not (self.folder / entry.file).is_file():
+            return
+        offsets, ahead = self._offsets(entry), 8 * entry.page_rows  # who reads page by page asks again at once
+        with (self.folder / entry.file).open("rb", buffering=0) as file:
+            for name in names:
+                size = self.specs[name].row_bytes
+                first, last = max(lo, entry.start) - entry.start, min(hi + ahead, entry.stop) - entry.start
+                at = offsets[name] + first * size
+                os.posix_fadvise(file.fileno(), at, (last - first) * size, os.POSIX_FADV_WILLNEED)
 
     def take_into(self, into: Mapping[str, Tensor], ids_K: Tensor, at_K: Tensor | None = None) -> None:
         """Puts the classes `ids_K` at rows `at_K` of tensors (by default 0 to K - 1), verified.
@@ -118,7 +132,12 @@ class RowSource:
                     page_lo, page_hi = next(file.pages(int(sorted_K[first]), int(sorted_K[first]) + 1))
                     until = int(torch.searchsorted(sorted_K, page_hi))
                     places, wanted = order_K[first:until], sorted_K[first:until] - page_lo
+                    a, b, at = page_lo + int(wanted[0]), page_lo + int(wanted[-1]) + 1, int(places[0])
+                    run = b - a == until - first and bool((places.diff() == 1).all())  # the usual case
                     for name, tensor in into.items():
+                        if run:
+                            file.read_page(name, page_lo, page_hi, a, b, tensor[at : at + b - a])
+                            continue
                         page = self.specs[name].empty(page_hi - page_lo)
                         file.read_page(name, page_lo, page_hi, page_lo, page_hi, page)
                         tensor[places.to(tensor.device)] = page[wanted].to(tensor.device, tensor.dtype)

@@ -111,7 +111,7 @@ class StepPlan:
             if isinstance(section, Tensor):
                 at_K = torch.searchsorted(section, row_K).clamp_max_(len(section) - 1)
                 place_K = torch.where(section[at_K] == row_K, at_K + lo, place_K)
-                lo += len(section)
+            lo += count_of(section)
         return _locate_in_slices(self.sections, row_K, place_K)
 
 

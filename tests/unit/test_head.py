@@ -107,17 +107,9 @@ def test_second_backward_is_refused() -> None:
 
 def test_export_is_unit_rows(tmp_path: Path) -> None:
     head = small_head()
-    entry = head.export_rows(tmp_path, torch.float16)
+    (entry,) = head.export_rows(tmp_path, torch.float16)
     assert (entry["start"], entry["stop"]) == (0, 203)
     rows = load_file(tmp_path / entry["file"])["rows"]
     assert rows.dtype == torch.float16
     torch.testing.assert_close(rows.float(), F.normalize(head.w_CD), rtol=0, atol=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == [entry["file"]]  # nothing half-written stays
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    head = small_head()
-    entry = head.save(tmp_path)
-    (tmp_path / entry["file"]).unlink()
-    with pytest.raises(DataError, match=rf"{entry['file']}: missing; it holds the classes \[0, 203\)"):
-        head.load(tmp_path, [entry])

@@ -30,6 +30,10 @@ class TrainConfig(StrictModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_async: bool = Field(True, description="checkpoints are written while training goes on")
+    checkpoint_memory_mb: float = Field(
+        256.0, gt=0, description="class rows kept for an unfinished checkpoint, MiB a worker and head"
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between two metric records")
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ def train(
     start: Position,
     total_steps: int,
     sink: Sink | None,
-    checkpoint: Callable[[Position], None],
+    checkpoint: Callable[[Position], object],
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
 

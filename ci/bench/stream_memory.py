@@ -96,9 +96,8 @@ def main() -> None:
     given = parser.parse_args()
     set_environment()
     start(ClusterConfig(object_store_mb=STORE_MB))
-    print(
-        "| data | decode | prefetch_mb | block MiB | samples | peak MiB | bound MiB | spilled MiB |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| data | decode | prefetch_mb | block MiB | samples | peak MiB | bound MiB | spilled MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in given.only or list(stream_data.KINDS):
         stream_data.make(name, given.data)
         kind = stream_data.KINDS[name]

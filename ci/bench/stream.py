@@ -3,7 +3,7 @@
     .venv/bin/python ci/bench/stream.py [--only jp|fm|tx] [--loaders A,B] [--rounds N] [--samples N] [--quick]
     .venv/bin/python ci/bench/stream.py --from s3           the same stream from an S3 server on loopback and from disk
 
-Prints a Markdown table and the ratios that issue 3 asks for; `--out FILE` keeps every number as JSON. Each loader runs
+Prints a Markdown table and the ratios to the aims; `--out FILE` keeps every number as JSON. Each loader runs
 in a fresh process, `--rounds` times in turn with the others: a cold pass (it starts its session or workers) and a warm
 one in the same process. A further turn, apart from the timed ones, takes memory. See ci/bench/README.md.
 """

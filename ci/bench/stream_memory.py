@@ -1,22 +1,19 @@
-"""Peak object-store memory of a stream against its documented bound.
+"""Peak object-store memory of a stream against its documented bound: a fast, a slow and a stopped consumer.
 
-    .venv/bin/python ci/bench/stream_memory.py [--only jp|fm|tx] [--samples N] [--prefetch-mb A,B] [--pause-ms MS]
+    .venv/bin/python ci/bench/stream_memory.py --data DATA_SET --field image [--prefetch-mb 64] [--world 2]
 
-A slow consumer (it pauses after each batch) lets the readers run as far ahead as they may; meanwhile the object store is
-asked 20 times a second how much it holds. Prints a Markdown table; the bound is that of coordinator.py.
+The bound (platform/README.md): prefetch_mb, two blocks for each reader, and for each rank five batches and two blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import threading
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import stream_data
+import torch
 
 from labelmill.cluster import set_environment, start
 from labelmill.data.manifest import load_manifest
@@ -25,94 +22,81 @@ from labelmill.data.spec import Reading, StreamSpec
 from labelmill.data.stream import RankStream
 from labelmill.job import ClusterConfig
 
-BATCH = 256
-STORE_MB = 2048
 
+class Peak:
+    """The largest number of bytes in use in the node's object store while the block runs."""
 
-@dataclass
-class Use:
-    """Peaks of the object store, bytes: all objects, and what was spilled to disk."""
-
-    used: int = 0
-    spilled: int = 0
-
-
-class Watch:
-    """Asks the session's object store until it is closed."""
-
-    def __init__(self, period: float = 0.05) -> None:
-        import ray
+    def __enter__(self) -> Peak:
         from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-        state = get_state_from_address(ray.get_runtime_context().gcs_address)
-        self._ask = lambda: get_memory_info_reply(state).store_stats
-        self._period, self._stop = period, threading.Event()
-        self.start, self.peak = self._ask().object_store_bytes_used, Use()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        state = get_state_from_address(None)
+        self.bytes, self.spilled, self._stop = 0, 0, threading.Event()
+
+        def watch() -> None:
+            while not self._stop.wait(0.02):
+                stats = get_memory_info_reply(state).store_stats
+                self.bytes = max(self.bytes, stats.object_store_bytes_used)
+                self.spilled = max(self.spilled, stats.spilled_bytes_total)
+
+        self._thread = threading.Thread(target=watch, daemon=True)
         self._thread.start()
+        return self
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._period):
-            found = self._ask()
-            self.peak.used = max(self.peak.used, found.object_store_bytes_used - self.start)
-            self.peak.spilled = max(self.peak.spilled, found.spilled_bytes_total)
-
-    def close(self) -> Use:
-        """Stops asking."""
+    def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
-        return self.peak
 
 
-def bound(spec: StreamSpec) -> float:
-    """MiB that the stream may hold: what is read ahead, a block under way for each reader, a global batch."""
-    under_way = spec.reading.readers * spec.block_rows + spec.global_batch
-    return spec.reading.prefetch_mb + under_way * spec.sample_bytes / 2**20
+def consume(spec: StreamSpec, world: int, group: str, pause_s: float, batches: int) -> float:
+    """All ranks take `batches` batches in step; the peak in MiB."""
 
+    def prepare(raw: Any, labels: Any, keys_B: Any) -> Any:
+        return torch.from_numpy(raw) if hasattr(raw, "shape") else raw
 
-def measure(spec: StreamSpec, samples: int, pause: float) -> tuple[Use, int]:
-    """Peaks while up to `samples` samples are consumed slowly; samples consumed."""
-    watch, seen = Watch(), 0
-    stream = iter(
-        RankStream(spec, Streams().open(spec), 0, 1, lambda raw, labels, keys: raw, threads=os.cpu_count() or 1)
-    )
-    for batch in stream:
-        seen += len(batch)
-        time.sleep(pause)
-        if seen >= samples:
-            break
-    stream.close()
-    return watch.close(), seen
+    with Peak() as peak:
+        ranks = [
+            iter(RankStream(spec, Streams(r, world, 0.25, group).open(spec), r, world, prepare)) for r in range(world)
+        ]
+        for _ in range(min(batches, spec.steps)):
+            for rank in ranks:
+                next(rank)
+            time.sleep(pause_s)
+        for rank in ranks:
+            rank.close()
+    if peak.spilled:
+        raise SystemExit(f"{peak.spilled} bytes were spilled to disk")
+    return peak.bytes / 2**20
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(stream_data.KINDS), action="append")
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--prefetch-mb", default="32,64,256", help="data.prefetch_mb values")
-    parser.add_argument("--pause-ms", type=float, default=50.0, help="the consumer's pause after each batch")
-    parser.add_argument("--data", type=Path, default=Path(stream_data.DEFAULT))
-    given = parser.parse_args()
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--field", default="image")
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--prefetch-mb", type=float, default=64)
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=60)
+    options = parser.parse_args()
     set_environment()
-    start(ClusterConfig(object_store_mb=STORE_MB))
-    print("| data | decode | prefetch_mb | block MiB | samples | peak MiB | bound MiB | spilled MiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in given.only or list(stream_data.KINDS):
-        stream_data.make(name, given.data)
-        kind = stream_data.KINDS[name]
-        manifest = load_manifest(given.data / name / kind.layouts[-1])
-        for prefetch in map(float, given.prefetch_mb.split(",")):
-            for place in ("late", "task") if kind.field == "image" else ("late",):
-                reading: Any = replace(Reading(), prefetch_mb=prefetch, decode=place)
-                spec = StreamSpec(manifest, kind.field, BATCH, reading=reading, channels=1 if name == "fm" else 3)
-                use, seen = measure(spec, given.samples, given.pause_ms / 1000)
-                block = spec.block_rows * spec.sample_bytes / 2**20
-                print(
-                    f"| {name} | {place} | {prefetch:g} | {block:.1f} | {seen:,} | {use.used / 2**20:.1f} | {bound(spec):.1f} "
-                    f"| {use.spilled / 2**20:.1f} |",
-                    flush=True,
-                )
+    start(ClusterConfig(object_store_mb=1024))
+    manifest = load_manifest(options.data)
+    reading = Reading(prefetch_mb=options.prefetch_mb)
+    spec = StreamSpec(manifest, options.field, options.batch, channels=options.channels, reading=reading, stop=2**40)
+    print("| decode | consumer | peak MiB | bound MiB |\n|---|---|---|---|")
+    for decode in ("late", "task"):
+        spec = replace(spec, reading=replace(reading, decode=decode))
+        block = spec.block_rows * spec.sample_bytes / 2**20
+        batches_mb = 5 * options.batch * spec.sample_bytes / 2**20
+        bound = options.prefetch_mb + 2 * block * (reading.readers + options.world) + batches_mb
+        for name, pause_s, batches in (
+            ("fast", 0.0, options.batches),
+            ("slow", 0.1, options.batches),
+            ("stopped", 5.0, 1),
+        ):
+            peak = consume(spec, options.world, f"memory-{decode}-{name}", pause_s, batches)
+            print(f"| {decode} | {name} | {peak:.0f} | {bound:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark's results as Markdown, and the ratios of issue 3."""
+"""The benchmark's results as Markdown, and their ratios to the aims."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_rival(loader: str) -> bool:
 
 
 def aims(result: dict[str, Any]) -> str:
-    """The ratios the issue asks for, where both sides were run."""
+    """The ratios to the aims, where both sides were run."""
     rows: list[str] = []
 
     def add(what: str, value: float, wanted: float, at_least: bool = True) -> None:

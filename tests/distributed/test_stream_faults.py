@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,21 @@ def test_what_storage_refuses_stops_the_stream_with_the_shard(
     assert shard in str(error)
     assert re.search(says, str(error)), str(error)
     source.close()
+
+
+def test_a_resume_reads_no_more_than_what_is_left_of_its_window(bucket: StreamSpec, ray_storage: FaultServer) -> None:
+    spec = replace(bucket, stop=400)
+    window = spec.plan.window_at(200)
+    cursor = window.stop - 20
+    sizes = {spec.manifest.shard_path(i).removeprefix("s3://"): spec.manifest.shards[i].bytes for i in window.shards}
+    whole = [row for step in expected(spec) for row in step]
+    ray_storage.calm()
+    source = Streams(0, 1).open(replace(spec, start=cursor, stop=window.stop, global_batch=20))
+    assert taken(source.pieces(0)) == whole[cursor : window.stop]
+    source.close()
+    read = sum(r.sent for r in ray_storage.gets("*.tar"))
+    assert {r.path for r in ray_storage.gets("*.tar")} <= set(sizes)
+    assert 0 < read <= sum(sizes.values())
 
 
 # --- a training worker ---------------------------------------------------------------------------------

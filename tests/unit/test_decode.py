@@ -9,7 +9,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from labelmill.data.decode import binary_views, decode_arrays, decode_images, encode_png
+from labelmill.data.decode import (
+    binary_views,
+    decode_arrays,
+    decode_column,
+    decode_image,
+    decode_images,
+    decode_views,
+    encode_png,
+    image_decoder,
+)
 from labelmill.data.images import image_kind
 from labelmill.data.manifest import FieldSpec
 from labelmill.errors import DataError
@@ -150,3 +159,94 @@ def test_image_kinds():
     for kind, ext in {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}.items():
         assert image_kind(encoded(smooth(), kind)[:16]) == ext
     assert image_kind(b"hello") is None
+
+
+def noise(mode: str, height: int, width: int) -> Image.Image:
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    return Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8), mode)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize("level", [0, 6])
+def test_plain_pngs_are_what_pillow_gives(mode, channels, level):
+    for height, width in ((28, 28), (1, 1), (3, 70), (17, 5)):
+        for picture in (noise(mode, height, width), Image.new(mode, (width, height), 77)):
+            raw = encoded(picture, "PNG", compress_level=level)
+            image = decode_image(memoryview(raw), None, channels)
+            assert np.array_equal(image, np.asarray(picture).reshape(height, width, channels))
+
+
+def test_a_png_with_any_byte_changed_is_what_pillow_says():
+    """The short way gives up wherever Pillow would, and never gives other pixels than Pillow."""
+    raw = encoded(noise("L", 9, 7), "PNG")
+    for at in range(8, len(raw)):
+        changed = bytearray(raw)
+        changed[at] ^= 0x41
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(changed)).convert("L"))
+        except Exception:
+            expected = None
+        try:
+            found = decode_image(bytes(changed), None, 1)[:, :, 0]
+        except ValueError:
+            found = None
+        assert (expected is None) == (found is None), at
+        assert expected is None or np.array_equal(found, expected), at
+
+
+def test_memory_is_used_again_and_holes_are_blank():
+    raw = [encoded(smooth(), "JPEG"), b"broken", encoded(smooth(), "JPEG"), b""]
+    memory = np.full((4, 24, 32, 3), 99, np.uint8)
+    skip = np.array([False, False, False, True])
+    images, valid, bad = decode_views(
+        [memoryview(r) for r in raw], list("abcd"), 24, 3, skip, lambda shape: memory[:, :, :24]
+    )
+    assert np.may_share_memory(images, memory)
+    assert valid.tolist() == [True, False, True, False]
+    assert [key for key, _ in bad] == ["b"], "a hole that is known isn't named again"
+    assert not images[[1, 3]].any()
+    assert images[[0, 2]].any(axis=(1, 2, 3)).all()
+
+
+def test_jpegs_take_the_fast_decoder(monkeypatch):
+    raw = encoded(smooth(), "JPEG")
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("Pillow was asked"))
+    images, valid, _ = decode(raw, raw)
+    assert valid.all()
+    assert images.shape == (2, 24, 32, 3)
+
+
+def test_columns_of_every_kind():
+    from safetensors.numpy import save
+
+    def column(kind, values, **options):
+        spec = FieldSpec(kind=kind, ext="x", **options)
+        return decode_column(pa.array(values), spec, ["a", "b", "c"], skip_B=np.array([False, False, True]))
+
+    def npy(array):
+        file = io.BytesIO()
+        np.save(file, array)
+        return file.getvalue()
+
+    texts, valid, bad = column("text", ["x", "y", ""])
+    assert (texts, valid.tolist(), bad) == (["x", "y", ""], [True, True, False], [])
+    arrays, valid, bad = column("array", [npy(np.arange(3)), b"nothing", b""])
+    assert arrays.tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 0]]
+    assert valid.tolist() == [True, False, False]
+    assert [key for key, _ in bad] == ["b"]
+    values, valid, bad = column("safetensors", [save({"v": np.ones(2, np.float32)}), b"nothing", b""])
+    assert values[0]["v"].tolist() == [1, 1]
+    assert values[1:] == [None, None]
+    assert "safetensors" in bad[0][1]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([("n", pa.int64())])) as writer:
+        writer.write_table(pa.table({"n": [1, 2]}))
+    values, valid, bad = column("arrow", [sink.getvalue().to_pybytes(), b"nothing", b""])
+    assert values[0].column("n").to_pylist() == [1, 2]
+    assert [key for key, _ in bad] == ["b"]
+
+
+def test_image_decoders_are_installed_by_name():
+    assert image_decoder("") is decode_views
+    with pytest.raises(DataError, match=r"data\.image_decoder 'gpu' isn't installed"):
+        image_decoder("gpu")

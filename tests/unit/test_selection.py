@@ -23,8 +23,9 @@ from labelmill.data.manifest import FieldSpec, Manifest, ShardInfo
 from labelmill.data.plan import Plan
 from labelmill.data.selection import Balanced, KeepRows, Selection, load_selection
 from labelmill.data.selection_config import SelectionConfig, read_keys
-from labelmill.data.source import StreamSpec
-from labelmill.data.stream import LocalSource, RankStream
+from labelmill.data.source import LocalSource
+from labelmill.data.spec import StreamSpec
+from labelmill.data.stream import RankStream
 from labelmill.errors import DataError
 
 SELECT: TypeAdapter[Any] = TypeAdapter(SelectionConfig)

@@ -188,3 +188,23 @@ def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
     error = user_error_in(caught.value)
     assert isinstance(error, DataError)
     assert path in str(error)
+
+
+def test_a_cursor_of_another_order_is_refused(make_text_data: Callable[..., Any], tmp_path: Any) -> None:
+    import json
+
+    from labelmill.training.config import TrainConfig
+    from labelmill.training.worker import FitTask, _begin
+
+    spec = StreamSpec(make_text_data(20, 5), "text", 5)
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"stream": spec.digest}))
+    others = [
+        replace(spec, seed=1),
+        replace(spec, window=2),
+        StreamSpec(make_text_data(21, 5, name="other"), "text", 5),
+    ]
+    for other in others:
+        task: Any = FitTask(lambda: None, TrainConfig(global_batch=5, steps=2), other)  # type: ignore[arg-type,return-value]
+        nothing: Any = None
+        with pytest.raises(DataError, match="another data set, seed or shuffle window"):
+            _begin(task, nothing, nothing, tmp_path, nothing)

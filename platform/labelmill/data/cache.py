@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -60,6 +61,7 @@ class ShardCache:
     folder: str
     limit_bytes: int
     rehash: bool = False
+    verifies: ClassVar[bool] = True  # what `read` gives has the hash that was asked for
 
     def check(self, largest: int = 0) -> None:
         """Raises DataError when the cache can't work: folder not writable, limit or disk too small.
@@ -73,20 +75,20 @@ class ShardCache:
                 f"shard cache {self.folder}: a limit of {_size(self.limit_bytes)} is too small: {need}. Raise the "
                 "limit, to several shards for each worker of a node, or do without a cache."
             )
-        probe = os.path.join(self.folder, "partial", f"probe.{os.getpid()}.{threading.get_ident()}")
         try:
             self._make_folders()
-            with open(probe, "wb") as file:
-                file.write(b"x")
-            os.unlink(probe)
             held = sum(size for size, _ in self._entries().values())
             free = shutil.disk_usage(self.folder).free
+            if free + held >= max(largest, 1):
+                probe = os.path.join(self.folder, "partial", f"probe.{os.getpid()}.{threading.get_ident()}")
+                os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o644))
+                os.unlink(probe)
         except OSError as error:
             raise DataError(
                 f"shard cache {self.folder}: can't be written: {error.strerror or error}. Name a folder on a local "
                 "disk that the workers may write to."
             ) from error
-        if free + held < largest:
+        if free + held < max(largest, 1):
             raise DataError(
                 f"shard cache {self.folder}: its disk has {_size(free)} left, the largest shard has {_size(largest)}. "
                 "Free some space or name another folder."

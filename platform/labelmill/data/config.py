@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from labelmill.data import store
 from labelmill.data.cache import ShardCache
+from labelmill.data.decode import image_decoder
 from labelmill.data.manifest import Manifest, load_manifest
 from labelmill.data.mix import Mix
 from labelmill.data.selection_config import SelectionConfig
@@ -44,6 +45,7 @@ class StreamConfig(StrictModel):
         "first", description="re-hash shards as they are read: always, never, or those this process has not seen yet"
     )
     decode: DecodePlace = Field("auto", description="images: in tasks, or late in threads of the rank (auto: JPEG)")
+    image_decoder: str = Field("", description="an installed decoder for the ranks' images, e.g. on a GPU; empty: ours")
     decode_threads: int = Field(0, ge=0, description="a rank's threads that decode and prepare; 0: its CPUs")
     prefetch_mb: float = Field(256.0, gt=0, description="object-store memory for blocks that are read ahead, MiB")
     readers: int = Field(2, ge=1, description="windows read at once")
@@ -53,7 +55,11 @@ class StreamConfig(StrictModel):
     weight: float = Field(1.0, gt=0, description="share of the training set itself in a mix")
 
     @model_validator(mode="after")
-    def _cache_is_local(self) -> StreamConfig:
+    def _check(self) -> StreamConfig:
+        try:
+            image_decoder(self.image_decoder)
+        except DataError as error:
+            raise ValueError(str(error)) from None
         if self.cache and store.is_uri(self.cache.folder):
             raise ValueError(f"cache.folder {self.cache.folder!r} must be a local folder")
         return self
@@ -65,6 +71,7 @@ class StreamConfig(StrictModel):
             verify=self.verify,
             on_damage=self.on_damage,
             decode=self.decode,
+            image_decoder=self.image_decoder,
             threads=self.decode_threads,
             prefetch_mb=self.prefetch_mb,
             readers=self.readers,

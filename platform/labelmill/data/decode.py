@@ -10,6 +10,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +20,19 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from labelmill.data.manifest import FieldSpec
-from labelmill.errors import DataError
+from labelmill.data.records import decode_arrow, decode_npy, decode_safetensors
+from labelmill.errors import DataError, did_you_mean
 
 Bad = list[tuple[str, str]]
 """(key, reason) of each value that couldn't be decoded."""
 
+ImageDecoder = Callable[..., tuple[np.ndarray, np.ndarray, Bad]]
+"""`decode_views` or what stands in for it: the same arguments, the same result."""
+
+IMAGE_DECODERS = "labelmill.image_decoders"
+"""Entry points of further image decoders, e.g. on a GPU; `data.image_decoder` of a job names one."""
+
+_RECORDS: dict[str, Callable[[Any], Any]] = {"safetensors": decode_safetensors, "arrow": decode_arrow}
 _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _JPEG_SPACES = {1: "GRAY", 3: "RGB"}
 _MOST_PLAIN = 1 << 24  # pixels; larger ones are Pillow's business, bombs among them
@@ -110,6 +119,16 @@ def decode_views(
     if not valid_B.all():
         out[~valid_B] = 0  # recycled memory, or an image that was decoded in part
     return out, valid_B, bad
+
+
+def image_decoder(name: str) -> ImageDecoder:
+    """The installed image decoder of that name, ours for "". Raises DataError that lists what is installed."""
+    if not name:
+        return decode_views
+    found = {entry.name: entry for entry in entry_points(group=IMAGE_DECODERS)}
+    if name not in found:
+        raise DataError(f"data.image_decoder {name!r} isn't installed.{did_you_mean(name, found)} Empty takes ours.")
+    return found[name].load()
 
 
 def _show(shape: tuple[int, ...]) -> str:
@@ -233,35 +252,73 @@ def encode_png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def decode_column(
+    column: pa.Array | pa.ChunkedArray,
+    spec: FieldSpec,
+    keys: Sequence[str],
+    size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    skip_B: np.ndarray | None = None,
+) -> tuple[Any, np.ndarray, Bad]:
+    """The values of any field: images and arrays as one numpy array (B, ...), the others as a list of B.
+
+    Text is str, bytes are bytes, safetensors a dict of numpy arrays, arrow a table.
+
+    Args:
+        column, spec, keys: the field.
+        size, channels: of images.
+        skip_B: bool (B,), samples that are known to be holes: not valid, not named again.
+
+    Returns the values (zeros or None where bad), valid (B,) bool, the bad ones. Raises DataError as `decode_images`.
+    """
+    if spec.kind == "image":
+        return decode_views(binary_views(column), keys, size, channels, skip_B)
+    if spec.kind == "array":
+        return decode_arrays(column, spec, keys, skip_B)
+    valid_B = np.ones(len(column), dtype=bool) if skip_B is None else ~skip_B
+    if spec.kind not in _RECORDS:
+        return column.to_pylist(), valid_B, []
+    values: list[Any] = [None] * len(column)
+    bad: Bad = []
+    for i, raw in enumerate(binary_views(column)):
+        if valid_B[i]:
+            try:
+                values[i] = _RECORDS[spec.kind](raw or b"")
+            except ValueError as error:
+                bad.append((keys[i], str(error)))
+                valid_B[i] = False
+    return values, valid_B, bad
+
+
 def decode_arrays(
-    column: pa.Array | pa.ChunkedArray, spec: FieldSpec, keys: Sequence[str]
+    column: pa.Array | pa.ChunkedArray, spec: FieldSpec, keys: Sequence[str], skip_B: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, Bad]:
-    """Arrays of B samples as (B, *shape); valid (B,) bool; the bad ones.
+    """Arrays of B samples as (B, *shape); valid (B,) bool; the bad ones. `skip_B` as of `decode_column`.
 
     NPY bytes are read without pickles; an array of another shape than the first good one is bad.
     """
     chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    valid_B = np.ones(len(chunk), dtype=bool) if skip_B is None else ~skip_B
     if pa.types.is_fixed_size_list(chunk.type):
         flat = chunk.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(chunk), *(spec.shape or (-1,))), np.ones(len(chunk), dtype=bool), []
-    valid_B = np.zeros(len(chunk), dtype=bool)
+        return flat.reshape(len(chunk), *(spec.shape or (-1,))), valid_B, []
     bad: Bad = []
     out: np.ndarray | None = None
     for i, raw in enumerate(binary_views(chunk)):
+        if not valid_B[i]:
+            continue
         try:
-            array = np.load(io.BytesIO(raw or b""), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            bad.append((keys[i], f"NPY: {error}"))
-            continue
-        if out is None:
-            shape = array.shape if spec.shape is None else spec.shape
-            out = np.zeros((len(chunk), *shape), dtype=array.dtype)
-        if array.shape != out.shape[1:] or array.dtype != out.dtype:
-            found, wanted = f"{array.dtype}{list(array.shape)}", f"{out.dtype}{list(out.shape[1:])}"
-            bad.append((keys[i], f"array is {found}, the others are {wanted}"))
-            continue
-        out[i] = array
-        valid_B[i] = True
+            array = decode_npy(raw or b"")
+            if out is None:
+                shape = array.shape if spec.shape is None else spec.shape
+                out = np.zeros((len(chunk), *shape), dtype=array.dtype)
+            if array.shape != out.shape[1:] or array.dtype != out.dtype:
+                found, wanted = f"{array.dtype}{list(array.shape)}", f"{out.dtype}{list(out.shape[1:])}"
+                raise ValueError(f"array is {found}, the others are {wanted}")
+            out[i] = array
+        except ValueError as error:
+            bad.append((keys[i], str(error)))
+            valid_B[i] = False
     if out is None:
         out = np.zeros((len(chunk), *(spec.shape or ())), dtype=spec.dtype or np.float32)
     return out, valid_B, bad

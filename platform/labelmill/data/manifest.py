@@ -13,7 +13,7 @@ import json
 import os
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -266,6 +266,31 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = given if given.endswith(".json") else store.join(given, MANIFEST_FILE)
     if not store.exists(file):
         raise DataError(f"{given}: {_what_is_there(given)}")
+    manifest = _read(file)
+    if not manifest.shards:
+        raise DataError(f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again.")
+    return manifest.at(os.path.dirname(file))
+
+
+def _read(file: str) -> Manifest:
+    raw = _read_json(file)
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{file}: schema_version is {raw.get('schema_version')!r}, this release reads {SCHEMA_VERSION}. "
+            "Use the release that wrote it, or import the data set again."
+        )
+    try:
+        return Manifest.model_validate(raw | {"shards": _shards(raw.pop("shards"))})
+    except (ValidationError, KeyError, TypeError, AttributeError):
+        pass  # once more, as a whole, to say what is wrong and where
+    try:
+        return Manifest.model_validate(_read_json(file))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise DataError(f"{file}: {'; '.join(lines[:10])}. The manifest was edited or is damaged.") from None
+
+
+def _read_json(file: str) -> dict[str, Any]:
     try:
         raw = json.loads(store.read_bytes(file).to_pybytes())
     except ValueError as error:
@@ -274,19 +299,20 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from None
     if not isinstance(raw, dict):
         raise DataError(f"{file}: a manifest is a JSON object, this is a {type(raw).__name__}.")
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            f"{file}: schema_version is {raw.get('schema_version')!r}, this release reads {SCHEMA_VERSION}. "
-            "Use the release that wrote it, or import the data set again."
-        )
-    try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-        raise DataError(f"{file}: {'; '.join(lines[:10])}. The manifest was edited or is damaged.") from None
-    if not manifest.shards:
-        raise DataError(f"{file}: the data set {manifest.name!r} is empty: it lists no shard. Import it again.")
-    return manifest.at(os.path.dirname(file))
+    return raw
+
+
+def _shards(raw: list[Any]) -> tuple[ShardInfo, ...]:
+    """The shards one by one, each raw one freed at once: of many, both together cost more memory than the rest."""
+    raw.reverse()
+    out: list[ShardInfo] = []
+    given: dict[frozenset[str], set[str]] = {}
+    while raw:
+        info = ShardInfo.model_validate(raw.pop())
+        names = info.model_fields_set  # a set for each shard would be the largest part of it
+        object.__setattr__(info, "__pydantic_fields_set__", given.setdefault(frozenset(names), names))
+        out.append(info)
+    return tuple(out)
 
 
 def _what_is_there(given: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from labelmill.data import store
+from labelmill.data import cache, store
 from labelmill.data.cache import ShardCache
 from labelmill.data.decode import decode_images
 from labelmill.data.labels import check_labels
@@ -27,6 +28,8 @@ from labelmill.data.spec import Reading, StreamSpec
 POSITION = "__position__"
 STATS = b"labelmill.stats"
 """Key of a block's schema metadata: JSON of what its window cost, on the window's first block only."""
+
+_FINE = {"hit", "miss", "evicted"}  # what a cache counts and nobody needs to hear of
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,13 @@ def read_blocks(read: WindowRead) -> Iterator[pa.Table]:
 
     Raises ShardDamage or DataError, naming shard and offset, as `open_shard`.
     """
-    began, before = time.perf_counter(), store.retries()
+    began, before = time.perf_counter(), Counter(_trouble())
     shards = _open(read)
-    after = store.retries()
+    met = Counter(_trouble()) - before
     stats: dict[str, Any] = {
         "fetch_seconds": time.perf_counter() - began,
         "bytes": sum(info.bytes for info in read.manifest.shards),
-        "retries": {reason: n - before.get(reason, 0) for reason, n in after.items() if n > before.get(reason, 0)},
+        "retries": dict(met),
         "damage": [[d.shard, d.offset, d.key, d.reason] for shard in shards for d in shard.damage[:20]],
     }
     for lo in range(0, len(read.row_S), read.block_rows):
@@ -93,17 +96,22 @@ def read_blocks(read: WindowRead) -> Iterator[pa.Table]:
         yield table if lo else table.replace_schema_metadata({STATS: json.dumps(stats)})
 
 
+def _trouble() -> dict[str, int]:
+    """What this process met so far and got over, by reason."""
+    return store.retries() | {f"shard cache: {what}": n for what, n in cache.counts().items() if what not in _FINE}
+
+
 def _open(read: WindowRead) -> list[Shard]:
     """The window's shards, remote ones at once: waiting for storage costs no CPU."""
     manifest, reading = read.manifest, read.reading
     whole = len(read.row_S) >= 0.8 * manifest.num_samples
-    cache = ShardCache(reading.cache_folder, int(reading.cache_mb * 2**20)) if reading.cache_folder else None
+    kept = ShardCache(reading.cache_folder, int(reading.cache_mb * 2**20)) if reading.cache_folder else None
     fields = [read.field] if read.field else []
 
     def open_one(i: int) -> Shard:
         rows = None if whole else np.unique(read.row_S[read.which_S == i])
         return open_shard(
-            manifest, i, rows=rows, fields=fields, verify=reading.verify, policy=reading.on_damage, cache=cache
+            manifest, i, rows=rows, fields=fields, verify=reading.verify, policy=reading.on_damage, cache=kept
         )
 
     every = range(len(manifest.shards))

@@ -40,6 +40,7 @@ class Reading:
             can't be proved good ("sample").
         decode: images are decoded by tasks on the cluster ("task") or by threads of the rank ("late"); "auto" is late for
             JPEG, whose decoder runs beside Python, and task for the rest.
+        image_decoder: name of an installed decoder that ranks use for images; empty: ours.
         threads: of a rank, for decoding and preparing batches; 0 leaves it to the rank.
         prefetch_mb: object-store memory that blocks read ahead may take, MiB.
         readers: windows read at once.
@@ -49,6 +50,7 @@ class Reading:
     verify: Verify = "first"
     on_damage: OnDamage = "raise"
     decode: DecodePlace = "auto"
+    image_decoder: str = ""
     threads: int = 0
     prefetch_mb: float = 256.0
     readers: int = 2
@@ -157,7 +159,7 @@ class StreamSpec:
     def decodes_in_task(self) -> bool:
         """Whether images are decoded before they reach the rank."""
         spec, place = self.field_spec, self.reading.decode
-        if spec is None or spec.kind != "image" or place == "late":
+        if spec is None or spec.kind != "image" or place == "late" or self.reading.image_decoder:
             return False
         return place == "task" or not set(spec.exts) <= _LATE_EXTS
 

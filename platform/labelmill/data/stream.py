@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from labelmill.data.decode import binary_views, decode_views
+from labelmill.data.decode import binary_views, decode_column, image_decoder
 from labelmill.data.labels import Labels, labels_from_table
 from labelmill.data.plan import padded_share, share
 from labelmill.data.reading import POSITION, STATS
@@ -36,8 +36,8 @@ from labelmill.errors import DataError
 _KEPT = 16
 
 Prepare = Callable[[Any, Labels, np.ndarray | None], Any]
-"""Encoder side of decoding: raw field values (list of text or uint8 (B, H, W, C)), the labels and, for augmentation, a
-uint64 key per sample -> tensors, on the CPU."""
+"""Encoder side of decoding: field values (see `decode_column`: text, uint8 images (B, H, W, C), ...), the labels and, for
+augmentation, a uint64 key per sample -> tensors, on the CPU."""
 
 
 @dataclass
@@ -166,6 +166,7 @@ class RankStream:
         self._ahead = max(ahead, self._threads)
         self._preparing = threading.Lock()
         self._memory = Memory()
+        self._images = image_decoder(spec.reading.image_decoder)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         # a slot for each batch that is under way or waits
@@ -239,18 +240,17 @@ class RankStream:
     ) -> tuple[Any, np.ndarray, list[tuple[str, str]]]:
         spec, field_spec = self.spec, self.spec.field_spec
         columns = [table.column(spec.field) for table in tables]
-        valid_B = small.column(HOLE).is_null().to_numpy(zero_copy_only=False)
-        if field_spec is None or field_spec.kind != "image":
-            return _values(columns, order), valid_B, []
-        if pa.types.is_fixed_size_list(columns[0].type):
-            return self._decoded(tables, order), valid_B, []
-        views = [view for column in columns for view in binary_views(column)]
-        if order is not None:
-            views = [views[i] for i in order]
-        images, decoded_B, bad = decode_views(
-            views, keys, spec.image_size, spec.channels, skip_B=~valid_B, memory=self._memory.take
-        )
-        return images, decoded_B, bad
+        skip_B = ~small.column(HOLE).is_null().to_numpy(zero_copy_only=False)
+        if field_spec is not None and field_spec.kind == "image":
+            if pa.types.is_fixed_size_list(columns[0].type):
+                return self._decoded(tables, order), ~skip_B, []
+            views = [view for column in columns for view in binary_views(column)]
+            views = views if order is None else [views[i] for i in order]
+            return self._images(views, keys, spec.image_size, spec.channels, skip_B, self._memory.take)
+        column = pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
+        column = column if order is None else column.take(pa.array(order))
+        assert field_spec is not None
+        return decode_column(column, field_spec, keys, skip_B=skip_B)
 
     def _decoded(self, tables: list[pa.Table], order: np.ndarray | None) -> np.ndarray:
         """Images that a task has decoded: one copy, out of the object store's read-only memory."""
@@ -291,8 +291,3 @@ def _holes(table: pa.Table, keys: list[str]) -> list[tuple[str, str]]:
     if holes.null_count == len(holes):
         return []
     return [(key, reason) for key, reason in zip(keys, holes.to_pylist(), strict=True) if reason is not None]
-
-
-def _values(columns: list[pa.ChunkedArray], order: np.ndarray | None) -> list[Any]:
-    values = [value for column in columns for value in column.to_pylist()]
-    return values if order is None else [values[i] for i in order]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from labelmill.data.decode import decode_images
+from labelmill.data.decode import decode_column
 from labelmill.data.manifest import Manifest
 from labelmill.data.shards import read_shard
 from labelmill.encoders import EncoderConfig, build_encoder
@@ -66,12 +66,9 @@ def _embed_shard(
     module.load_state_dict(weights)
     table = read_shard(manifest, shard)
     column = table.column(module.field)
-    valid, bad = np.ones(len(table), dtype=bool), list[tuple[str, str]]()
-    if manifest.fields[module.field].kind == "image":
-        size, channels = getattr(encoder, "image_size", None), getattr(encoder, "channels", 3)
-        raw, valid, bad = decode_images(column, table.column("key").to_pylist(), size=size, channels=channels)
-    else:
-        raw = column.to_pylist()
+    size, channels = getattr(encoder, "image_size", None), getattr(encoder, "channels", 3)
+    keys = table.column("key").to_pylist()
+    raw, valid, bad = decode_column(column, manifest.fields[module.field], keys, size, channels)
     if len(bad) > max_bad:
         key, reason = bad[0]
         raise DataError(f"{manifest.shard_path(shard)}: sample {key!r} can't be decoded: {reason}.")

@@ -90,7 +90,8 @@ def run(name: str, loader: str, options: Options, memory: bool = False) -> list[
     if memory:
         peak = tree.peak
         for record in records:
-            record |= {"peak_mb": peak.own + peak.shared, "shared_mb": peak.shared, "daemons_mb": tree.peak_daemons}
+            record |= {"peak_mb": peak.total, "shared_mb": peak.shared, "files_mb": peak.files}
+            record["daemons_mb"] = tree.peak_daemons
             record["parts_mb"] = {k: round(v) for k, v in sorted(peak.parts.items())}
     return records
 

@@ -27,12 +27,21 @@ class Process:
 
 @dataclass
 class Memory:
-    """Megabytes. Shared segments (object store, torch batches) are counted once, with the loader."""
+    """Megabytes. Shared segments (object store, torch batches) are counted once, with the loader.
+
+    own: private memory; files: mapped files, that is libraries and mapped shards, which the kernel can drop at any time.
+    """
 
     own: float = 0.0
+    files: float = 0.0
     shared: float = 0.0
     daemons: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """All but the daemons."""
+        return self.own + self.files + self.shared
 
 
 def _read(path: str) -> str:
@@ -117,15 +126,17 @@ class Tree:
                 re.findall(r"^(Pss\w*):\s+(\d+) kB", _read(f"/proc/{process.pid}/smaps_rollup"), re.MULTILINE)
             )
             shared = int(rollup.get("Pss_Shmem", 0)) / 1024
-            private = int(rollup.get("Pss", 0)) / 1024 - shared
+            files = int(rollup.get("Pss_File", 0)) / 1024
+            private = int(rollup.get("Pss", 0)) / 1024 - shared - files
             now.shared += shared
             if process.daemon:
-                now.daemons += private
+                now.daemons += private + files
             else:
                 now.own += private
+                now.files += files
                 title = _read(f"/proc/{process.pid}/cmdline").split("\0")[0][:40] or str(process.pid)
                 now.parts[title] = now.parts.get(title, 0.0) + private
-        if now.own + now.shared > self.peak.own + self.peak.shared:
+        if now.total > self.peak.total:
             self.peak = now
         self.peak_daemons = max(self.peak_daemons, now.daemons)
         return now

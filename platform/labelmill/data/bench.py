@@ -71,8 +71,15 @@ def bench(
     picked = _pick(manifest, samples)
     with tempfile.TemporaryDirectory(prefix="labelmill-bench-") as folder:
         copy, parts, fetch_rate, latency = _fetch(manifest, picked, folder, cpus)
+        try:
+            table = _some(copy, name, samples)
+        except DataError as error:
+            originals = {copy.shard_path(at): manifest.shard_path(i) for at, i in enumerate(picked)}
+            text = str(error)
+            for path, original in originals.items():
+                text = text.replace(path, original)
+            raise DataError(text) from None
         parts |= _reading(copy, name)
-        table = _some(copy, name, samples)
         found = Bench(
             name=manifest.name,
             layout=manifest.layout,
@@ -102,8 +109,9 @@ def bench(
     return found
 
 
-def timed(work: Callable[[], Any], samples: int, least_s: float = _LEAST_S) -> Cost:
+def timed(work: Callable[[], Any], samples: int, least_s: float | None = None) -> Cost:
     """Cost of `work`, which handles `samples` samples, repeated for at least `least_s` seconds after one trial."""
+    least_s = _LEAST_S if least_s is None else least_s
     work()
     wall, cpu, times = time.perf_counter(), time.process_time(), 0
     while not times or time.perf_counter() - wall < least_s:
@@ -145,7 +153,7 @@ def _fetch(
     if remote:
         latency = timed(lambda: store.read_head(paths[0], 1), 1000, 0.1).wall_s
     with ThreadPoolExecutor(threads) as pool:
-        many = timed(lambda: list(pool.map(store.read_bytes, paths)), samples, _LEAST_S if remote else 0.1)
+        many = timed(lambda: list(pool.map(store.read_bytes, paths)), samples, None if remote else 0.1)
     if not remote:
         cost = timed(lambda: [store.read_bytes(path) for path in paths], samples)  # from the page cache by now
     local = []
@@ -276,8 +284,9 @@ def _decode_for(work: Decoding, seconds: float, number: int) -> float:
     return done / passed
 
 
-def _decode_rates(work: Decoding, workers: int, folder: str, seconds: float = 0.6) -> dict[str, float]:
+def _decode_rates(work: Decoding, workers: int, folder: str) -> dict[str, float]:
     """Samples/s of pure decode: by one thread, by `workers` threads, by as many processes."""
+    seconds = 2 * _LEAST_S
     rates = {"one": _decode_for(work, seconds, 0)}
     if workers == 1:
         return rates

@@ -20,7 +20,8 @@ from labelmill.errors import DataError
 
 log = logging.getLogger("labelmill")
 
-_STEPS_A_CALL = 8
+_STEPS_A_CALL = 8  # at most; handed over early they take memory, so only while they are small
+_BYTES_A_CALL = 1 << 20
 _TRIES = 6  # of a hand-over, when the coordinator or a host with blocks is lost
 
 
@@ -85,6 +86,8 @@ class RaySource:
         self._spec, self._coordinator, self._stream = spec, coordinator, stream
         self._rank, self._world = rank, world
         self._local = isinstance(coordinator, Coordinator)
+        batch = spec.global_batch / world * max(part.sample_bytes for part in spec.parts)
+        self._steps_a_call = max(1, min(_STEPS_A_CALL, int(_BYTES_A_CALL / max(1.0, batch))))
         self._handed: collections.deque[list[list[Any]]] = collections.deque()
         self._next = 0  # first step that was not handed over yet
         self._blocks: dict[Any, pa.Table] = {}
@@ -123,7 +126,7 @@ class RaySource:
 
     def _request(self, step: int) -> None:
         spec = self._spec
-        steps = range(step, min(spec.steps, step + _STEPS_A_CALL))
+        steps = range(step, min(spec.steps, step + self._steps_a_call))
         wanted = [rank_ranges(spec, s, self._rank, self._world) for s in steps]
         while (handed := self._call("fetch", self._rank, wanted)) is None:
             self._call("open", spec, spec.batch_range(step)[0])

@@ -140,6 +140,9 @@ class PartialFCJob(TrainJob):
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
 
+    def class_count(self) -> int | None:
+        return self.data.open()[0].label.num_classes
+
     @model_validator(mode="after")
     def _align_needs_names(self) -> PartialFCJob:
         if self.align and not self.imprint:

@@ -10,6 +10,11 @@ they were replicas. It has its own gradient buffer and row optimizer:
     loss.backward()                       # gradient of the embeddings; rows collect theirs in the head
     head.step(lr)                         # moves the touched rows
 
+With `head.shards` below the number of ranks, these are laid out as replicas x shards (`ranks.Grid`): each
+replica holds all classes and works on its own part of the batch. The drawn classes and the positives of the
+whole batch take part in every replica, and the rows' gradient is summed over the replicas, so the layout
+changes no result.
+
 Shape legend: B samples of this rank, N samples of all ranks, P positives of a sample (padded with -1), C
 classes of this rank, D embedding size, k results.
 """
@@ -28,7 +33,8 @@ from torch.autograd.function import once_differentiable
 from labelmill.errors import DataError
 from labelmill.heads import sampling, storage
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.ranks import Ranks
+from labelmill.heads.ranks import lay_grid
+from labelmill.heads.replicas import mend_replicas
 from labelmill.heads.rows import PendingRows, Scratch, StepRows
 from labelmill.heads.statistics import GlobalBatch, HeadPass, Pairs, needs_maximum
 from labelmill.heads.topk import merge_topk, topk_rows
@@ -54,12 +60,12 @@ class ShardedHead:
         dim: embedding size D.
         config: loss, margin, sampling, row optimizer.
         seed: of the first rows and of the sampled classes.
-        group: the ranks that share the axis; the default group when torch.distributed is initialised, else
-            one rank.
+        group: the ranks of the head; the default group when torch.distributed is initialised, else one rank.
         dtype: of the rows and of all arithmetic; float32, or float64 for checks.
 
     Attributes:
-        start, stop: the classes that this rank owns; may be empty.
+        grid: the layout of the ranks; `ranks` are those that split the class axis.
+        start, stop: the classes that this rank owns; may be empty. Each replica owns all of them once.
         w_CD: their rows, raw (not unit length).
         state: the optimizer's tensors by name, first axis C.
         steps: optimizer steps taken; selects the sampled classes.
@@ -81,7 +87,8 @@ class ShardedHead:
         if num_classes < 1 or dim < 1:
             raise ValueError(f"a head needs at least one class and one dimension, got {num_classes} x {dim}")
         self.num_classes, self.dim, self.config, self.seed = num_classes, dim, config, seed
-        self.ranks = Ranks(group)
+        self.grid = lay_grid(group, config.shards)
+        self.ranks = self.grid.shards
         self.device, self.dtype = torch.device(device), dtype
         self.start, self.stop = sampling.class_range(num_classes, config.block_rows, self.ranks.rank, self.ranks.world)
         self.w_CD = sampling.initial_rows(
@@ -89,9 +96,10 @@ class ShardedHead:
         ).to(self.device)
         self.state = config.optimizer.state(len(self.w_CD), dim, dtype, self.device)
         self.steps = 0
-        self.grad_scale = float(self.ranks.world)
+        self.grad_scale = float(self.grid.world.world)
         self._scratch = Scratch()
         self._pending = PendingRows(self._scratch)
+        self._summed = False  # the pending gradient is the sum over the replicas
         self._use_max = needs_maximum(config.normalize, config.scale, num_classes, dtype)
         self._drawn: tuple[int, Tensor] | None = None  # (step, local rows drawn for it)
         # makes the loss differentiable also when the embeddings are not (a frozen encoder)
@@ -151,14 +159,22 @@ class ShardedHead:
         return _HeadLoss.apply(x_BD, self._anchor, self, ids_BP, weight_B.to(self.device))
 
     def pending_sq_norm(self) -> Tensor:
-        """Squared norm of the gradient of this rank's rows, a float64 scalar; sum it over the ranks."""
+        """This rank's share of the squared norm of the rows' gradient, a float64 scalar; sum it over the ranks.
+
+        Collective over replicas. With several of them no `backward` may follow before `step` or `zero_pending`.
+        """
+        self._sum_replicas()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for _, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             total += grad_RD.square().sum(dtype=torch.float64)
-        return total
+        return total / self.grid.replicas.world
 
     def pending_rows(self) -> tuple[Tensor, Tensor]:
-        """Global class ids (U,) of the touched rows and their gradient (U, D), a view."""
+        """Global class ids (U,) of the touched rows and their gradient (U, D), a view.
+
+        Collective over replicas, as `pending_sq_norm`.
+        """
+        self._sum_replicas()
         grad_UD = self._pending.grad_UD
         if grad_UD is None:
             return torch.empty(0, dtype=torch.int64, device=self.device), self.w_CD[:0]
@@ -168,7 +184,11 @@ class ShardedHead:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
-        """Moves the touched rows by their gradient times `scale` (clipping), clears it, counts the step."""
+        """Moves the touched rows by their gradient times `scale` (clipping), clears it, counts the step.
+
+        Collective over replicas.
+        """
+        self._sum_replicas()
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
@@ -179,12 +199,22 @@ class ShardedHead:
                 self.w_CD.index_copy_(0, local, rows_RD)
                 for name, tensor in self.state.items():
                     tensor.index_copy_(0, local, state[name])
-        self._pending.clear()
+        self.zero_pending()
         self.steps += 1
 
     def zero_pending(self) -> None:
         """Drops the collected gradient (a skipped step); `steps` stays."""
         self._pending.clear()
+        self._summed = False
+
+    def _sum_replicas(self) -> None:
+        """The rows' gradient summed over the replicas, which have touched the same rows; once a step."""
+        grad_UD = self._pending.grad_UD
+        if grad_UD is None or self._summed or self.grid.replicas.world == 1:
+            return
+        if grad_UD.numel():
+            self.grid.replicas.sum_(grad_UD)
+        self._summed = True
 
     # --- using the rows ---------------------------------------------------------------------------------
 
@@ -218,9 +248,14 @@ class ShardedHead:
         return {"rows": self.w_CD, **{f"{self.config.optimizer.kind}.{n}": t for n, t in self.state.items()}}
 
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Writes own rows and optimizer state to one safetensors file; returns its {file, start, stop}."""
+        """Writes own rows and optimizer state to one safetensors file; returns its {file, start, stop}.
+
+        Collective over replicas: only the first writes, the entry of the others is empty. Replicas whose rows
+        differ from the first one's get its rows before that.
+        """
+        mend_replicas(self.grid.replicas, self.state_tensors())
         notes = {"num_classes": self.num_classes, "dim": self.dim, "seed": self.seed, "steps": self.steps}
-        return storage.save_range(folder, "head", self.state_tensors(), self.start, self.stop, notes)
+        return storage.save_range(folder, "head", self.state_tensors(), self.start, self._written_stop, notes)
 
     def load(self, folder: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
         """Reads own classes from the files of `save`, written by any number of ranks.
@@ -230,46 +265,68 @@ class ShardedHead:
         ordered = storage.check_cover(entries, self.num_classes, folder)
         notes = storage.load_range(folder, ordered, self.state_tensors(), self.start, self.stop)
         self.steps = int(notes["steps"])
-        self._pending.clear()
+        self.zero_pending()
         self._drawn = None
 
     def export_rows(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Writes own rows alone, unit length if the head normalises, to `rows-<start>-<stop>.safetensors`."""
+        """Writes own rows alone, unit length if the head normalises, to `rows-<start>-<stop>.safetensors`.
+
+        Only the first replica writes; the entry of the others is empty.
+        """
         rows_CD = torch.empty(self.w_CD.shape, dtype=dtype)
         for lo in range(0, len(rows_CD), ROWS_AT_ONCE):
             part = self.w_CD[lo : lo + ROWS_AT_ONCE]
             rows_CD[lo : lo + ROWS_AT_ONCE] = torch.nn.functional.normalize(part) if self.config.normalize else part
         notes = {"num_classes": self.num_classes, "dim": self.dim, "normalized": self.config.normalize}
-        return storage.save_range(folder, "rows", {"rows": rows_CD}, self.start, self.stop, notes)
+        return storage.save_range(folder, "rows", {"rows": rows_CD}, self.start, self._written_stop, notes)
+
+    @property
+    def _written_stop(self) -> int:
+        """End of the classes that this rank writes: none in all replicas but the first."""
+        return self.stop if self.grid.replicas.rank == 0 else self.start
 
     # --- parts of the loss ------------------------------------------------------------------------------
 
     def _gather(self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor) -> GlobalBatch:
-        """The batch of all ranks: sizes first, so that they may differ."""
-        sizes = self.ranks.gather_numbers([len(x_BD), ids_BP.shape[1]], self.device)
-        counts = [count for count, _ in sizes]
-        width = max(positives for _, positives in sizes)
+        """The batch of this replica, with the labels of all: sizes first, so that they may differ."""
+        world, replicas = self.grid.world, self.grid.replicas
+        finite_B = torch.isfinite(x_BD).all(dim=1)
+        broken = -1 if bool(finite_B.all()) else int((~finite_B).nonzero()[0])
+        sizes = world.gather_numbers([len(x_BD), ids_BP.shape[1], broken], self.device)
+        counts = [count for count, _, _ in sizes]
+        width = max(positives for _, positives, _ in sizes)
         # ids and weights travel together; the weight's bits ride along as one more integer column
         packed = ids_BP.new_full((len(x_BD), width + 1), -1)
         packed[:, : ids_BP.shape[1]] = ids_BP
         packed[:, width] = weight_B.to(torch.float64).view(torch.int64)
-        packed = self.ranks.gather_rows(packed, counts)
-        lo = sum(counts[: self.ranks.rank])
-        weight_N = packed[:, width].contiguous().view(torch.float64).to(self.dtype)
-        batch = GlobalBatch(self.ranks.gather_rows(x_BD, counts), packed[:, :width], weight_N, lo, lo + len(x_BD))
-        self._check(batch, counts)
-        return batch
+        packed = world.gather_rows(packed, counts)
+        ids_WP, weight_W = packed[:, :width], packed[:, width].contiguous().view(torch.float64).to(self.dtype)
+        self._check(ids_WP, weight_W, counts, [first for _, _, first in sizes])
+        ours = slice(replicas.rank * self.ranks.world, (replicas.rank + 1) * self.ranks.world)
+        begin, lo = sum(counts[: ours.start]), sum(counts[ours.start : world.rank])
+        part = slice(begin, begin + sum(counts[ours]))
+        return GlobalBatch(
+            self.ranks.gather_rows(x_BD, counts[ours]),
+            ids_WP[part],
+            weight_W[part],
+            lo,
+            lo + len(x_BD),
+            weight_W.sum(),
+            ids_WP[weight_W > 0] if replicas.world > 1 else None,
+        )
 
-    def _check(self, batch: GlobalBatch, counts: Sequence[int]) -> None:
-        """Every rank sees the whole batch, so every rank raises."""
-        if not len(batch.x_ND):
+    def _check(self, ids_NP: Tensor, weight_N: Tensor, counts: Sequence[int], broken: Sequence[int]) -> None:
+        """Every rank sees the labels of all ranks, so every rank raises."""
+        if not len(weight_N):
             return
-        ids_NP, used_N = batch.ids_NP, batch.weight_N > 0
-        if not bool(torch.isfinite(batch.x_ND).all()):
-            bad = (~torch.isfinite(batch.x_ND).all(dim=1)).nonzero()[:, 0]
-            raise FloatingPointError(f"the embedding of {_where(int(bad[0]), counts)} holds NaN or infinite values")
-        if not bool((batch.weight_N >= 0).all()) or not bool(torch.isfinite(batch.weight_N).all()):
-            bad = (~((batch.weight_N >= 0) & torch.isfinite(batch.weight_N))).nonzero()[:, 0]
+        used_N = weight_N > 0
+        if max(broken) >= 0:
+            rank = next(r for r, sample in enumerate(broken) if sample >= 0)
+            raise FloatingPointError(
+                f"the embedding of sample {broken[rank]} of rank {rank}'s batch holds NaN or infinite values"
+            )
+        if not bool((weight_N >= 0).all()) or not bool(torch.isfinite(weight_N).all()):
+            bad = (~((weight_N >= 0) & torch.isfinite(weight_N))).nonzero()[:, 0]
             raise DataError(f"the weight of {_where(int(bad[0]), counts)} is negative or not a number.")
         if ids_NP.numel() and (int(ids_NP.max()) >= self.num_classes or int(ids_NP.min()) < -1):
             row, column = ((ids_NP >= self.num_classes) | (ids_NP < -1)).nonzero()[0].tolist()
@@ -290,7 +347,12 @@ class ShardedHead:
         sample_K, column_K = own_NP.nonzero(as_tuple=True)
         local_K = batch.ids_NP[sample_K, column_K] - self.start
         drawn_S = self._drawn_rows()
-        ids_S = None if drawn_S is None else torch.unique(torch.cat([drawn_S, local_K]))
+        positive_T = local_K
+        if batch.positives_WP is not None:
+            # every replica touches the same rows, so that their gradients can be summed
+            all_WP = batch.positives_WP
+            positive_T = all_WP[(all_WP >= self.start) & (all_WP < self.stop)] - self.start
+        ids_S = None if drawn_S is None else torch.unique(torch.cat([drawn_S, positive_T]))
         rows = StepRows(self.w_CD, ids_S, self.config.normalize, self._scratch)
         at_K, order_K = torch.sort(rows.locate(local_K))
         return Pairs(sample_K[order_K], column_K[order_K], at_K), rows
@@ -309,9 +371,22 @@ class ShardedHead:
         batch = self._gather(x_BD, ids_BP, weight_B)
         pairs, rows = self._own_pairs(batch)
         work = HeadPass(self.config, self.w_CD, rows, batch, pairs, self._use_max, self._scratch)
-        return work.forward(self.ranks, for_backward), work
+        if self.grid.replicas.world == 1:
+            return work.forward(self.ranks, for_backward), work
+        try:
+            value, refusal = work.forward(self.ranks, for_backward), None
+        except (DataError, FloatingPointError) as error:
+            value, refusal = batch.x_ND.new_zeros(()), error
+        value, refused = self.grid.replicas.sum_(torch.stack([value, value.new_tensor(float(refusal is not None))]))
+        if refusal is None and refused:
+            refusal = FloatingPointError("another replica of the class rows refused its batch; its error says why")
+        if refusal is not None:
+            raise refusal
+        return value, work
 
     def _end(self, work: HeadPass, grad_value: Tensor) -> Tensor:
+        if self._summed:
+            raise RuntimeError("the rows' gradient was already summed over the replicas: step comes first")
         return work.backward(grad_value.to(self.dtype), self._pending).mul_(self.grad_scale)
 
 

@@ -37,13 +37,19 @@ PAIRS_AT_ONCE = 4096
 
 @dataclass
 class GlobalBatch:
-    """The batch of all ranks; `lo`, `hi` is this rank's part."""
+    """The batch of this replica's ranks; `lo`, `hi` is this rank's part.
+
+    `weight_sum` is over all replicas; so are `positives_WP`, the labels of samples with weight, if there are
+    several replicas.
+    """
 
     x_ND: Tensor
     ids_NP: Tensor
     weight_N: Tensor
     lo: int
     hi: int
+    weight_sum: Tensor
+    positives_WP: Tensor | None = None
 
 
 @dataclass
@@ -102,7 +108,7 @@ class HeadPass:
     # --- forward ----------------------------------------------------------------------------------------
 
     def forward(self, ranks: Ranks, for_backward: bool) -> Tensor:
-        """The weighted mean loss over all ranks, the same scalar on each."""
+        """This replica's part of the weighted mean loss over all ranks, the same scalar on each of its ranks."""
         sims_K, total_N, pull_ND = self._scan(for_backward)
         stats_NQ = total_N.new_zeros(self.count, 1 + self.batch.ids_NP.shape[1])
         if self.top_N is not None:
@@ -206,7 +212,7 @@ class HeadPass:
             logits_NP = self.config.scale * apply_margin(sim_NP, self.config.margin)
             loss_N = self.config.loss(lse_N, logits_NP, mask_NP)
             counted_N = torch.where(weight_N > 0, loss_N, 0.0) * weight_N
-            value = counted_N.sum() / weight_N.sum().clamp_min(torch.finfo(weight_N.dtype).tiny)
+            value = counted_N.sum() / self.batch.weight_sum.clamp_min(torch.finfo(weight_N.dtype).tiny)
             if not for_backward:
                 return value, lse_N, sim_NP
             by_lse_N, by_sim_NP = torch.autograd.grad(value, (lse_N, sim_NP))

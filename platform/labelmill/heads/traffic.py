@@ -1,0 +1,116 @@
+"""What a sharded head sends: the formula for a step, and a counter to hold it against.
+
+Bytes are those one rank sends with ring algorithms, which is what gloo and NCCL use for large tensors and the
+least that is possible for an all-reduce. `b` is the tensor of one rank, g the number of ranks:
+
+    all_gather   (g - 1) b          of the rank's own part b
+    all_reduce   2 (g - 1) / g b
+    broadcast    b                  by the first rank; the others send at most as much
+
+Shape legend: B samples of a rank, N = B x shards samples of a replica, P positives of a sample, U touched rows
+of a shard, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["all_gather", "all_reduce", "broadcast"]
+Axis = Literal["world", "shards", "replicas"]
+NUMBERS_BYTES = 3 * 8  # batch size, positives of a sample, first sample that is not finite
+ID_BYTES = 8
+LOSS_NUMBERS = 2  # the loss, and whether a replica refused its batch
+
+
+def sent_bytes(kind: Kind, payload: float, world: int) -> float:
+    """Bytes that one of `world` ranks sends in a collective over `payload` bytes of its own."""
+    if world == 1:
+        return 0.0
+    return {"all_gather": (world - 1) * payload, "all_reduce": 2 * (world - 1) / world * payload, "broadcast": payload}[
+        kind
+    ]
+
+
+class Traffic:
+    """Counts collectives by kind: `calls`, `payload` bytes given in, and bytes `sent`."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.payload: Counter[str] = Counter()
+        self.sent: dict[str, float] = {}
+
+    def add(self, kind: Kind, value: Tensor, world: int) -> None:
+        """One collective over `value`."""
+        size = value.numel() * value.element_size()
+        self.calls[kind] += 1
+        self.payload[kind] += size
+        self.sent[kind] = self.sent.get(kind, 0.0) + sent_bytes(kind, size, world)
+
+    def clear(self) -> None:
+        """Starts again from zero."""
+        self.calls.clear()
+        self.payload.clear()
+        self.sent.clear()
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a head's step.
+
+    Attributes:
+        what: what travels.
+        axis: the ranks it runs over.
+        payload: bytes of one rank's tensor.
+        world: ranks on the axis.
+        each: once a micro batch, or once an optimizer step.
+    """
+
+    what: str
+    axis: Axis
+    kind: Kind
+    payload: float
+    world: int
+    each: Literal["micro batch", "step"]
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one rank sends."""
+        return sent_bytes(self.kind, self.payload, self.world)
+
+
+def head_collectives(
+    batch: int,
+    positives: int,
+    dim: int,
+    touched_rows: float,
+    shards: int,
+    replicas: int,
+    element: int = 4,
+    maximum: bool = False,
+) -> list[Collective]:
+    """The collectives of `ShardedHead.loss`, `backward` and `step`, in their order; those over one rank are left out.
+
+    Args:
+        batch: samples B of a rank in a micro batch.
+        positives: width P of the padded labels.
+        touched_rows: U, rows of the shard that get a gradient in the optimizer step.
+        element: bytes of the head's numbers.
+        maximum: the head's logits need their maximum (a head without normalised rows).
+    """
+    n = batch * shards
+    whole = shards * replicas
+    found = [
+        Collective("sizes", "world", "all_gather", NUMBERS_BYTES, whole, "micro batch"),
+        Collective("ids", "world", "all_gather", batch * (positives + 1) * ID_BYTES, whole, "micro batch"),
+        Collective("embeddings", "shards", "all_gather", batch * dim * element, shards, "micro batch"),
+        Collective("maxima", "shards", "all_reduce", n * element if maximum else 0, shards, "micro batch"),
+        Collective("statistics", "shards", "all_reduce", n * (1 + positives) * element, shards, "micro batch"),
+        Collective("embedding gradient", "shards", "all_reduce", n * dim * element, shards, "micro batch"),
+        Collective("loss", "replicas", "all_reduce", LOSS_NUMBERS * element, replicas, "micro batch"),
+        Collective("row gradient", "replicas", "all_reduce", touched_rows * dim * element, replicas, "step"),
+    ]
+    return [c for c in found if c.world > 1 and c.payload]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import struct
 import time
 import warnings
 from typing import Any
@@ -23,7 +19,7 @@ from labelmill.heads.ranks import check_shards
 from labelmill.heads.replicas import block_digests, mend_replicas
 from labelmill.heads.sampling import sampled_classes
 from labelmill.heads.sharded import ShardedHead
-from labelmill.heads.traffic import head_collectives, sent_bytes
+from labelmill.heads.traffic import head_collectives, sent_bytes, tcp_bytes_sent
 from labelmill.losses.classification import MLCD
 from labelmill.losses.margins import ArcFace, CosFace
 from labelmill.training.local import spawn
@@ -244,21 +240,6 @@ def count_traffic(rank: int, world: int, shards: int) -> None:
             messages = world * sum(sum(ranks.traffic.calls.values()) for ranks in axes)
             assert 0 <= both[0] - both[1] < 0.01 * both[1] + 1200 * messages, (both, world, shards)
             assert both[1] > 3 * 1200 * messages, "large enough for a wrong factor to show"
-
-
-def tcp_bytes_sent() -> int:
-    """Bytes that this process's TCP sockets have sent and seen acknowledged (Linux's TCP_INFO); 0 elsewhere."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError, struct.error):
-                if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                    continue
-                with socket.socket(fileno=os.dup(int(fd))) as copy:
-                    if copy.family in (socket.AF_INET, socket.AF_INET6):
-                        info = copy.getsockopt(socket.IPPROTO_TCP, 11, 256)
-                        total += struct.unpack_from("Q", info, 120)[0]
-    return total
 
 
 def run_layouts(rank: int, world: int, folder: str) -> dict[str, Any]:

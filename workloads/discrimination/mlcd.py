@@ -85,6 +85,9 @@ class MlcdJob(TrainJob):
     def class_count(self) -> int:
         return self.clusters.count
 
+    def label_count(self) -> int:
+        return self.clusters.nearest
+
 
 def teach(
     run: Run, folder: Path, train: Manifest, teacher: PcaTeacher, field: str, image: dict[str, Any], max_bad: int

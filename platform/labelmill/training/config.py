@@ -74,6 +74,10 @@ class TrainJob(Job):
         """Classes of the head, for `labelmill plan`; None when only the data can tell."""
         return None
 
+    def label_count(self) -> int:
+        """The most labels of a sample, for `labelmill plan`."""
+        return 1
+
     @model_validator(mode="after")
     def _divisible(self) -> TrainJob:
         workers, micro = self.cluster.workers, self.train.global_batch // self.train.accumulation

@@ -76,7 +76,7 @@ def measure(rank: int, world: int, setups: list[Setup], names: list[str]) -> lis
         engine = Engine(ProbeObjective(encoder, setup.head, setup.num_classes), setup.train, torch.device("cpu"))
         batches = [make_batch(encoder, setup.batch, setup.num_classes, 1, 17 * i + rank) for i in range(3)]
         turn = iter(range(10**6))
-        found.append(timed(lambda e=engine, b=batches, t=turn: train_step(e, b[next(t) % 3]), repeats=7, warm=2))
+        found.append(timed(lambda e=engine, b=batches, t=turn: train_step(e, b[next(t) % 3]), repeats=9, warm=6))
         del engine, encoder
         gc.collect()
         dist.barrier()

@@ -156,7 +156,7 @@ def timed(work: Callable[[], Any], repeats: int = REPEATS, warm: int = 2) -> flo
     """
     for _ in range(warm):
         work()
-    tries = []
+    tries: list[tuple[float, float]] = []
     while len(tries) < TRIES and (not tries or min(tries)[0] > OTHERS):
         taken = []
         before = _busy_and_own()

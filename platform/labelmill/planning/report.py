@@ -96,15 +96,24 @@ def basis(plan: Estimate, measured: bool) -> str:
 
 def show_table(plans: Sequence[Estimate], console: Console) -> None:
     """One line a plan, as a Markdown table."""
-    console.print(
-        "| classes | workers | shards x replicas | batch | GB a worker | fits | step ms | of it collectives | samples/s |"
-    )
-    console.print("|---|---|---|---|---|---|---|---|---|")
+    columns = [
+        "classes",
+        "workers",
+        "shards × replicas",
+        "global batch",
+        "GB each",
+        "fits",
+        "step ms",
+        "links ms",
+        "samples/s",
+    ]
+    console.print(f"| {' | '.join(columns)} |", soft_wrap=True)
+    console.print("|---" * len(columns) + "|", soft_wrap=True)
     for plan in plans:
         s = plan.setup
         links = sum(value for name, value in plan.seconds.items() if name.endswith("collectives"))
         console.print(
-            f"| {s.num_classes:,} | {s.workers} | {s.shards}×{s.replicas} | {s.train.global_batch:,} | "
+            f"| {s.num_classes:,} | {s.workers} | {s.shards} × {s.replicas} | {s.train.global_batch:,} | "
             f"{plan.total_memory / 1e9:.1f} | {'yes' if plan.fits else 'no'} | {1e3 * plan.step_seconds:.1f} | "
             f"{1e3 * links:.1f} | {plan.samples_a_second:,.0f} |",
             highlight=False,

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from labelmill.planning.advice import Advice
+    from labelmill.planning.estimate import Estimate
     from labelmill.tracking.report import Report
 
-__all__ = ["card", "check", "predict", "promote", "resolved", "run", "schema", "workload_names"]
+__all__ = ["card", "check", "plan", "plan_table", "predict", "promote", "resolved", "run", "schema", "workload_names"]
 
 
 def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -51,6 +53,37 @@ def run(
 def schema(workload: str) -> dict[str, Any]:
     """JSON schema of a workload's job file."""
     return find_workload(workload).job_type.model_json_schema()
+
+
+def plan(
+    job_file: str | Path,
+    cluster: str,
+    overrides: Sequence[str] = (),
+    classes: int | None = None,
+    workers: int | None = None,
+    batch_per_worker: int | None = None,
+    head_precision: str = "fp32",
+) -> tuple[Estimate, list[Advice]]:
+    """What a job needs on a cluster (a SPEC as on the command line, or `local`), and what to change."""
+    from labelmill.planning.command import plan_job
+
+    job = check(job_file, overrides)
+    return plan_job(job, cluster, classes, workers, batch_per_worker, head_precision)
+
+
+def plan_table(
+    job_file: str | Path,
+    cluster: str,
+    classes: Sequence[int] = (),
+    workers: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    batch_per_worker: int | None = None,
+    head_precision: str = "fp32",
+) -> list[Estimate]:
+    """The plan for every number of classes and workers, each with its fastest layout that fits."""
+    from labelmill.planning.command import tabulate
+
+    return tabulate(check(job_file, overrides), cluster, classes, workers, batch_per_worker, head_precision)
 
 
 def predict(

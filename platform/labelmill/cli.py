@@ -68,6 +68,61 @@ def validate(job: Annotated[Path, typer.Argument(help="a job file (YAML)")], ove
 
 
 @app.command()
+def plan(
+    job: Annotated[Path, typer.Argument(help="a job file (YAML)")],
+    cluster: Annotated[
+        str,
+        typer.Option(
+            "--cluster",
+            metavar="SPEC",
+            help="h100:64 (also h200, a100), with changes h100:64,memory_gb=40, a .yaml file, or local: measure here",
+        ),
+    ],
+    overrides: SetOption = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="instead of the job's; N or N,N,... for a table")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", help="instead of SPEC's; N or N,N,... for a table")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch-per-worker", min=1, help="instead of train.global_batch: of a micro batch")
+    ] = None,
+    head_precision: Annotated[str, typer.Option(help="of the head's matrix products: fp32, tf32 or bf16")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+) -> None:
+    """Say what a job needs on a cluster: memory, communication, time of a step, and what to change."""
+    from labelmill import api
+    from labelmill.planning import report
+
+    counts, numbers = _numbers("--classes", classes), _numbers("--workers", workers)
+    if len(counts) > 1 or len(numbers) > 1:
+        plans = api.plan_table(job, cluster, counts, numbers, overrides or [], batch, head_precision)
+        if as_json:
+            print(json.dumps([report.as_json(found) for found in plans], indent=2))
+        else:
+            report.show_table(plans, console)
+        return
+    one = [values[0] if values else None for values in (counts, numbers)]
+    found, advice = api.plan(job, cluster, overrides or [], one[0], one[1], batch, head_precision)
+    if as_json:
+        print(json.dumps(report.as_json(found, advice), indent=2))
+    else:
+        report.show(found, advice, cluster == "local", console)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """`8,16` -> [8, 16]; underscores may group digits."""
+    try:
+        values = [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: write whole numbers with commas between them.") from None
+    if any(value < 1 for value in values):
+        raise UserError(f"{option} {text!r}: numbers must be at least 1.")
+    return values
+
+
+@app.command()
 def schema(workload: Annotated[str, typer.Argument(help="as `labelmill workloads` lists it")]) -> None:
     """Print the JSON schema of a workload's job file."""
     from labelmill import api

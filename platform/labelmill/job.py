@@ -92,6 +92,7 @@ class Job(StrictModel):
 
 
 JobT = TypeVar("JobT", bound=Job)
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 # --- reading and checking -------------------------------------------------------------------------------
@@ -147,15 +148,20 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def validate_job(raw: Mapping[str, Any], job_type: type[JobT], source: str = "job") -> JobT:
-    """Raw mapping -> typed job. Raises JobError that lists every wrong field with what to write instead."""
+def validate_section(raw: Mapping[str, Any], section: type[SectionT], source: str) -> SectionT:
+    """Raw mapping -> typed section. Raises JobError that lists every wrong field with what to write instead."""
     try:
-        job = job_type.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(job_type, item) for item in error.errors(include_url=False)]
+        lines = [_explain(section, item) for item in error.errors(include_url=False)]
         raise JobError(
             f"{source}: " + "\n".join(lines) if len(lines) == 1 else f"{source}:\n  " + "\n  ".join(lines)
         ) from None
+
+
+def validate_job(raw: Mapping[str, Any], job_type: type[JobT], source: str = "job") -> JobT:
+    """Raw mapping -> typed job. Raises JobError that lists every wrong field with what to write instead."""
+    job = validate_section(raw, job_type, source)
     if leaked := _first_reference(job.model_dump()):
         raise JobError(
             f"{source}: {leaked}: ${{env:...}} is for secrets only (tracking.username, tracking.password, "

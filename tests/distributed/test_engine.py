@@ -58,6 +58,7 @@ def run_steps(
         optimizer=options.get("rows", SGD(momentum=0.9)),
         block_rows=32,
         sample_rate=options.get("sample_rate", 1.0),
+        shards=options.get("shards"),
     )
     config = TrainConfig(
         global_batch=12 * accumulation,
@@ -168,6 +169,19 @@ def test_equals_dense_reference(world: int) -> None:
         for name, value in expected["dense"].items():
             got = results[0]["dense"][f"net.{name}"].double()
             torch.testing.assert_close(got, value, atol=5e-4, rtol=1e-3, msg=f"{label}: {name}")
+
+
+def test_replicas_of_the_head_equal_the_dense_reference() -> None:
+    clip = (3, 1.5)
+    cases = [(0, *clip, 6, {"shards": 1}), (1, *clip, 6, {"shards": 1}), (2, 1, None, 6, {"shards": 1})]
+    for index, ranks in enumerate(zip(*spawn(several, 2, cases), strict=True)):
+        expected = reference(*cases[index][1:4])
+        for result in ranks:  # either replica holds all rows
+            assert result["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+            torch.testing.assert_close(result["rows"].double(), expected["rows"], atol=2e-5, rtol=1e-4)
+        assert torch.equal(ranks[0]["rows"], ranks[1]["rows"])
+        if cases[index][2]:
+            assert ranks[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
 def test_one_and_two_workers_give_the_same_curve_over_50_steps() -> None:

@@ -82,6 +82,12 @@ class MlcdJob(TrainJob):
     baseline_head: HeadConfig = HeadConfig(loss=Softmax(), scale=16.0)
     probe: ProbeSection = ProbeSection()
 
+    def class_count(self) -> int:
+        return self.clusters.count
+
+    def label_count(self) -> int:
+        return self.clusters.nearest
+
 
 def teach(
     run: Run, folder: Path, train: Manifest, teacher: PcaTeacher, field: str, image: dict[str, Any], max_bad: int

@@ -142,6 +142,9 @@ class PartialFCJob(TrainJob):
     eval_batch: int = Field(1024, ge=1)
     index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
 
+    def class_count(self) -> int | None:
+        return self.data.open()[0].label.num_classes
+
     @model_validator(mode="after")
     def _align_needs_names(self) -> PartialFCJob:
         if self.align and not self.imprint:

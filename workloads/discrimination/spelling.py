@@ -56,6 +56,9 @@ class SpellingJob(TrainJob):
     align: float = Field(1.0, ge=0, description="weight of the softmax over clean spellings of the batch")
     baselines: bool = True
 
+    def class_count(self) -> int:
+        return self.words.count
+
 
 def import_words(run: Run, folder: Path, words: WordsConfig, seed: int) -> dict[str, Any]:
     """Stage: word lists -> shards with misspellings."""

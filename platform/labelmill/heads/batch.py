@@ -1,6 +1,8 @@
 """The batch of all ranks: gathered in two collectives, and checked so that every rank raises alike.
 
-Shape legend: B samples of this rank, N samples of all ranks, P positives of a sample (padded with -1), D embedding
+Where ranks form several replicas, embeddings travel within a replica only, labels and weights everywhere.
+
+Shape legend: B samples of this rank, N samples of this replica's ranks, W samples of all replicas, P positives of a sample (padded with -1), D embedding
 size.
 """
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from labelmill.errors import DataError
-from labelmill.heads.ranks import Ranks
+from labelmill.heads.ranks import Grid, Ranks
 
 
 class NotFiniteError(FloatingPointError):
@@ -32,8 +34,26 @@ class HasIds(Protocol):
 
 
 @dataclass
+class WholeBatch:
+    """What a replica knows of the batch of all replicas.
+
+    Attributes:
+        weight_sum: of all samples.
+        positive_T: global ids of the positives of all samples with weight; may repeat.
+        most: samples of the largest replica.
+    """
+
+    weight_sum: Tensor
+    positive_T: Tensor
+    most: int
+
+
+@dataclass
 class GlobalBatch:
-    """The batch of all ranks; `lo`, `hi` is this rank's part. `target_NP` are the weights of soft labels."""
+    """The batch of this replica's ranks; `lo`, `hi` is this rank's part. `target_NP` are the weights of soft labels.
+
+    `whole` is None where there is one replica.
+    """
 
     x_ND: Tensor
     ids_NP: Tensor
@@ -41,6 +61,7 @@ class GlobalBatch:
     lo: int
     hi: int
     target_NP: Tensor | None = None
+    whole: WholeBatch | None = None
 
 
 def class_ids(labels: HasIds | Tensor, count: int) -> tuple[Tensor, Tensor | None]:
@@ -72,23 +93,9 @@ def gather_batch(
     Raises:
         DataError: they aren't, as when ranks were built for different jobs or resumed at different steps.
     """
-    numbers = [len(x_BD), ids_BP.shape[1], int(target_BP is not None), *same.values()]
-    table = ranks.gather_numbers(numbers, x_BD.device)
-    for rank, row in enumerate(table):
-        for name, mine, theirs in zip(same, numbers[3:], row[3:], strict=True):
-            if mine != theirs:
-                raise DataError(f"the ranks don't share one head: {name} is {mine} here and {theirs} on rank {rank}.")
-    counts, width = [row[0] for row in table], max(row[1] for row in table)
-    soft = any(row[2] for row in table)
-    # everything travels in one message, as bytes
-    columns = [_padded(ids_BP, width, -1), weight_B.to(torch.float64)[:, None]]
-    if soft:
-        target_BP = (ids_BP >= 0).double() if target_BP is None else target_BP
-        columns.append(_padded(target_BP.to(torch.float64), width, 0.0))
-    packed = torch.cat([part.contiguous().view(torch.uint8) for part in (x_BD.contiguous(), *columns)], dim=1)
-    packed = ranks.gather_rows(packed, counts)
-    sizes = [part.shape[1] * part.element_size() for part in (x_BD, *columns)]
-    parts = [part.contiguous() for part in packed.split(sizes, dim=1)]
+    table = _gather_sizes(ranks, [len(x_BD), ids_BP.shape[1], int(target_BP is not None)], same, x_BD.device)
+    counts = [row[0] for row in table]
+    parts = _gather_bytes(ranks, [x_BD, *_columns(table, ids_BP, weight_B, target_BP)], counts)
     lo = sum(counts[: ranks.rank])
     batch = GlobalBatch(
         parts[0].view(x_BD.dtype),
@@ -96,9 +103,77 @@ def gather_batch(
         parts[2].view(torch.float64)[:, 0].to(x_BD.dtype),
         lo,
         lo + len(x_BD),
-        parts[3].view(torch.float64).to(x_BD.dtype) if soft else None,
+        parts[3].view(torch.float64).to(x_BD.dtype) if len(parts) > 3 else None,
     )
     return batch, counts
+
+
+def gather_replica(
+    grid: Grid,
+    x_BD: Tensor,
+    ids_BP: Tensor,
+    weight_B: Tensor,
+    target_BP: Tensor | None,
+    same: dict[str, int],
+    num_classes: int,
+) -> GlobalBatch:
+    """The batch of this replica, with what it needs of the others. Every rank raises alike, as `check_batch`."""
+    world, replicas, dtype = grid.world, grid.replicas, x_BD.dtype
+    finite_B = torch.isfinite(x_BD).all(dim=1)
+    broken = -1 if bool(finite_B.all()) else int((~finite_B).nonzero()[0])
+    numbers = [len(x_BD), ids_BP.shape[1], int(target_BP is not None), broken]
+    table = _gather_sizes(world, numbers, same, x_BD.device)
+    counts = [row[0] for row in table]
+    parts = _gather_bytes(world, _columns(table, ids_BP, weight_B, target_BP), counts)
+    for rank, row in enumerate(table):
+        if row[3] >= 0:
+            before = sum(counts[:rank])
+            raise NotFiniteError(f"the embedding of {where(before + row[3], counts)} holds NaN or infinite values")
+    ids_WP, weight_W = parts[0].view(torch.int64), parts[1].view(torch.float64)[:, 0].to(dtype)
+    target_WP = parts[2].view(torch.float64).to(dtype) if len(parts) > 2 else None
+    check_labels(ids_WP, weight_W, target_WP, counts, num_classes)
+    ours = slice(replicas.rank * grid.shards.world, (replicas.rank + 1) * grid.shards.world)
+    begin, lo = sum(counts[: ours.start]), sum(counts[ours.start : world.rank])
+    part = slice(begin, begin + sum(counts[ours]))
+    positive_WP = ids_WP[weight_W > 0]
+    by_replica = [sum(counts[r : r + grid.shards.world]) for r in range(0, world.world, grid.shards.world)]
+    return GlobalBatch(
+        grid.shards.gather_rows(x_BD, counts[ours]),
+        ids_WP[part],
+        weight_W[part],
+        lo,
+        lo + len(x_BD),
+        None if target_WP is None else target_WP[part],
+        WholeBatch(weight_W.sum(), positive_WP[positive_WP >= 0], max(by_replica)),
+    )
+
+
+def _gather_sizes(ranks: Ranks, numbers: list[int], same: dict[str, int], device: torch.device) -> list[list[int]]:
+    """Each rank's numbers; raises DataError unless those in `same` are equal."""
+    table = ranks.gather_numbers([*numbers, *same.values()], device)
+    for rank, row in enumerate(table):
+        for (name, mine), theirs in zip(same.items(), row[len(numbers) :], strict=True):
+            if mine != theirs:
+                raise DataError(f"the ranks don't share one head: {name} is {mine} here and {theirs} on rank {rank}.")
+    return table
+
+
+def _columns(table: list[list[int]], ids_BP: Tensor, weight_B: Tensor, target_BP: Tensor | None) -> list[Tensor]:
+    """Ids, weights and, if any rank has soft labels, their weights, as wide as the widest rank's."""
+    width, soft = max(row[1] for row in table), any(row[2] for row in table)
+    columns = [_padded(ids_BP, width, -1), weight_B.to(torch.float64)[:, None]]
+    if soft:
+        target_BP = (ids_BP >= 0).double() if target_BP is None else target_BP
+        columns.append(_padded(target_BP.to(torch.float64), width, 0.0))
+    return columns
+
+
+def _gather_bytes(ranks: Ranks, columns: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Columns of all ranks, as bytes: they travel in one message."""
+    packed = torch.cat([part.contiguous().view(torch.uint8) for part in columns], dim=1)
+    packed = ranks.gather_rows(packed, counts)
+    sizes = [part.shape[1] * part.element_size() for part in columns]
+    return [part.contiguous() for part in packed.split(sizes, dim=1)]
 
 
 def _padded(values: Tensor, width: int, fill: float) -> Tensor:
@@ -119,11 +194,17 @@ def check_batch(batch: GlobalBatch, counts: Sequence[int], num_classes: int) -> 
     """
     if not len(batch.x_ND):
         return
-    ids_NP, used_N = batch.ids_NP, batch.weight_N > 0
     if not bool(torch.isfinite(batch.x_ND).all()):
         bad = (~torch.isfinite(batch.x_ND).all(dim=1)).nonzero()[:, 0]
         raise NotFiniteError(f"the embedding of {where(int(bad[0]), counts)} holds NaN or infinite values")
-    for name, value in (("weight", batch.weight_N[:, None]), ("label weight", batch.target_NP)):
+    check_labels(batch.ids_NP, batch.weight_N, batch.target_NP, counts, num_classes)
+
+
+def check_labels(
+    ids_NP: Tensor, weight_N: Tensor, target_NP: Tensor | None, counts: Sequence[int], num_classes: int
+) -> None:
+    """The part of `check_batch` that needs no embeddings."""
+    for name, value in (("weight", weight_N[:, None]), ("label weight", target_NP)):
         if value is not None:
             wrong = ~((value >= 0) & torch.isfinite(value)).all(dim=1)
             if bool(wrong.any()):
@@ -135,7 +216,7 @@ def check_batch(batch: GlobalBatch, counts: Sequence[int], num_classes: int) -> 
             f"label {int(ids_NP[row, column])} of {where(row, counts)} is out of range: class ids run "
             f"from 0 to {num_classes - 1} (-1 pads)."
         )
-    empty_N = used_N & ~(ids_NP >= 0).any(dim=1)
+    empty_N = (weight_N > 0) & ~(ids_NP >= 0).any(dim=1)
     if bool(empty_N.any()):
         raise DataError(
             f"{where(int(empty_N.nonzero()[0]), counts)} has no positive class. Drop such "

@@ -33,6 +33,12 @@ class HeadConfig(StrictModel):
     lr_multiplier: float = Field(1.0, gt=0, description="class rows learn this much faster than the encoder")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the first class rows")
     block_rows: int = Field(1024, ge=1, description="classes are dealt to ranks in blocks of at most this size")
+    shards: int | None = Field(
+        None,
+        ge=1,
+        description="workers that split the class axis; a divisor of cluster.workers, which then hold workers / shards "
+        "replicas of the classes. Default: all workers, one replica",
+    )
     memory_mb: float = Field(512.0, ge=0, description="memory for logits kept for the backward pass, MiB a rank")
     rows_dtype: Literal["fp32", "bf16", "bf16+master"] = Field(
         "fp32", description="how rows are stored: bf16 is rounded stochastically, or has a float32 master beside it"

@@ -1,4 +1,4 @@
-"""A sharded head to files and back: each rank its own classes, no collective.
+"""A sharded head to files and back: each rank its own classes. Of several replicas the first writes.
 
 Shape legend: C classes of this rank, D embedding size.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from labelmill.errors import DataError
 from labelmill.heads import storage
+from labelmill.heads.replicas import mend_replicas
 from labelmill.heads.snapshot import RowSnapshot
 from labelmill.heads.source import open_rows
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class HeadSave:
     """A head's state at one moment, on its way to files.
+
+    Making one is collective over the head's replicas: those whose rows differ from the first one's get its rows
+    (`replicas.mend_replicas`). `write` is not; replicas but the first have nothing to write.
 
     Args:
         memory_bytes: take a snapshot, so that `write` may run in a thread while training goes on (`snapshot` says at
@@ -35,10 +39,11 @@ class HeadSave:
         if head.rows.snapshot is not None:
             raise RuntimeError("the head is still being saved")
         tensors = head.state_tensors()
+        mend_replicas(head.grid.replicas, tensors)
         self.head, self.folder, self.notes = head, folder, head.notes()
-        self.start, self.stop, self.specs = head.start, head.stop, storage.specs_of(tensors)
+        self.start, self.stop, self.specs = head.start, written_stop(head), storage.specs_of(tensors)
         self._tensors = tensors if memory_bytes is None else {}
-        if memory_bytes is not None:
+        if memory_bytes is not None and head.grid.replicas.rank == 0:
             head.rows.snapshot = RowSnapshot(tensors, head.start, memory_bytes, head.config.sub_centres)
         self._snapshot = head.rows.snapshot
 
@@ -66,6 +71,11 @@ class HeadSave:
         return {name: tensor[lo - self.start : hi - self.start] for name, tensor in self._tensors.items()}
 
 
+def written_stop(head: ShardedHead) -> int:
+    """End of the classes that this rank writes: none in all replicas but the first."""
+    return head.stop if head.grid.replicas.rank == 0 else head.start
+
+
 def load_head(head: ShardedHead, folder: str | Path) -> None:
     """Reads own classes straight into the head's memory, from files that any number of ranks wrote.
 
@@ -90,7 +100,7 @@ def load_head(head: ShardedHead, folder: str | Path) -> None:
 def export_rows(head: ShardedHead, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Writes own rows alone, unit length if the head normalises, to files `rows-<start>-<stop>.safetensors`.
 
-    Returns {file, start, stop} of each. Raises ValueError for sub-centres: a plain matrix of rows can't say which of
+    Returns {file, start, stop} of each; only the first replica writes. Raises ValueError for sub-centres: a plain matrix of rows can't say which of
     them is nearest.
     """
     if head.config.sub_centres > 1:
@@ -103,5 +113,5 @@ def export_rows(head: ShardedHead, folder: str | Path, dtype: torch.dtype = torc
 
     specs = {"rows": storage.TensorSpec.of(torch.empty(0, head.dim, dtype=dtype))}
     metadata = {"num_classes": str(head.num_classes), "normalize": str(unit)}
-    files = storage.write_rows(folder, "rows", specs, head.start, head.stop, fetch, metadata=metadata)
+    files = storage.write_rows(folder, "rows", specs, head.start, written_stop(head), fetch, metadata=metadata)
     return [{"file": entry.file, "start": entry.start, "stop": entry.stop} for entry in files]

@@ -4,7 +4,7 @@ Every row is compared with every sample in int8; a class is as hard as its best 
 positive of. An accurate proposal is what makes hard sampling work: cosines here are off by some 4e-4, which centroid
 lists and sketches of few dimensions are not by far.
 
-Shape legend: C rows of this rank, N samples of all ranks, R rows of a chunk, D embedding size, K own positives.
+Shape legend: C rows of this rank, N samples of this replica, R rows of a chunk, D embedding size, K own positives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from labelmill.heads.ranks import Ranks
+from labelmill.heads.ranks import Grid
 from labelmill.heads.rows import ClassRows, Watcher, Where
 
 CHUNK = 4096
@@ -38,6 +38,8 @@ class Screen(Watcher):
 
     def scores(self, x_ND: Tensor, sample_K: Tensor, row_K: Tensor) -> Tensor:
         """Best similarity of each row with a sample that it is no positive of, up to rounding; float32 (C,)."""
+        if not len(x_ND):
+            return self.scale_C.new_full((len(self.rows),), -torch.inf)
         top_N = x_ND.abs().amax(dim=1).clamp_min(1e-30)
         x_DN = (x_ND * (127.0 / top_N)[:, None]).round().to(torch.int8).t()
         scale_N = (top_N / 127.0).float()
@@ -54,7 +56,7 @@ class Screen(Watcher):
         return out_C
 
     def hardest(
-        self, ranks: Ranks, x_ND: Tensor, sample_K: Tensor, class_K: Tensor, count: int, group: int = 1
+        self, grid: Grid, x_ND: Tensor, sample_K: Tensor, class_K: Tensor, count: int, group: int = 1
     ) -> Tensor:
         """Own classes among the `count` hardest of all ranks, (H,) local ids. Collective.
 
@@ -66,6 +68,9 @@ class Screen(Watcher):
         score_C = self.scores(x_ND, sample_K.repeat_interleave(group), row_K)
         if group > 1:
             score_C = score_C.view(-1, group).amax(dim=1)
+        # the hardest for the samples of any replica, so that all replicas choose alike
+        grid.replicas.max_(score_C)
+        ranks = grid.shards
         own = min(count, len(score_C))
         best_H, id_H = torch.topk(score_C, own)
         if ranks.world == 1:

@@ -10,8 +10,14 @@ they were replicas. It has its own gradient buffer and row optimizer:
     loss.backward()                       # gradient of the embeddings; rows collect theirs in the head
     head.step(lr)                         # moves the touched rows
 
+With `head.shards` below the number of ranks, these are laid out as replicas x shards (`ranks.Grid`): each
+replica holds all classes and works on its own part of the batch. The drawn classes and the positives of the
+whole batch take part in every replica, and the rows' gradient is summed over the replicas, so the layout
+changes no result.
+
 Where a step has one loss and nothing scales its gradient afterwards, `head.begin_step(lr)` before the loss lets the
-backward pass move each chunk of rows while it is in cache; no gradient of the rows is stored then.
+backward pass move each chunk of rows while it is in cache; no gradient of the rows is stored then. Replicas have to
+sum their gradients first, so with several of them the step goes the ordinary way.
 
 Shape legend: B samples of this rank, N samples of all ranks, P positives of a sample (padded with -1), C
 classes of this rank, D embedding size, k results.
@@ -32,9 +38,9 @@ from torch.autograd.function import once_differentiable
 
 from labelmill.errors import DataError
 from labelmill.heads import plan, sampling, saving
-from labelmill.heads.batch import HasIds, check_batch, class_ids, gather_batch
+from labelmill.heads.batch import HasIds, NotFiniteError, check_batch, class_ids, gather_batch, gather_replica
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.ranks import Ranks
+from labelmill.heads.ranks import lay_grid
 from labelmill.heads.rows import ROWS_AT_ONCE, ClassRows, PendingRows, Scratch
 from labelmill.heads.screen import Screen
 from labelmill.heads.statistics import HeadPass, Move, Pairs, needs_maximum
@@ -49,12 +55,12 @@ class ShardedHead:
         dim: embedding size D.
         config: loss, margin, sampling, row optimizer.
         seed: of the first rows and of the sampled classes.
-        group: the ranks that share the axis; the default group when torch.distributed is initialised, else
-            one rank.
+        group: the ranks of the head; the default group when torch.distributed is initialised, else one rank.
         dtype: of the rows and of all arithmetic; float32, or float64 for checks.
 
     Attributes:
-        start, stop: the classes that this rank owns; may be empty.
+        grid: the layout of the ranks; `ranks` are those that split the class axis.
+        start, stop: the classes that this rank owns; may be empty. Each replica owns all of them once.
         w_CD: their rows, raw (not unit length); `sub_centres` rows a class, one after the other.
         state: the optimizer's tensors by name, first axis as that of `w_CD`.
         steps: optimizer steps taken; selects the sampled classes.
@@ -78,12 +84,13 @@ class ShardedHead:
         if num_classes < 1 or dim < 1:
             raise ValueError(f"a head needs at least one class and one dimension, got {num_classes} x {dim}")
         self.num_classes, self.dim, self.config, self.seed = num_classes, dim, config, seed
-        self.ranks = Ranks(group)
+        self.grid = lay_grid(group, config.shards)
+        self.ranks = self.grid.shards
         self.device, self.dtype = torch.device(device), dtype
         self.start, self.stop = sampling.class_range(num_classes, config.block_rows, self.ranks.rank, self.ranks.world)
         self.rows = self._first_rows()
         self.steps = 0
-        self.grad_scale = float(self.ranks.world)
+        self.grad_scale = float(self.grid.world.world)
         self.loss_scale = 1.0
         self._scratch = Scratch()
         self._pending = PendingRows(self._scratch)
@@ -92,6 +99,7 @@ class ShardedHead:
         self._drawn: tuple[int, Any] | None = None  # (step, what was drawn for it)
         self._move_lr: float | None = None  # the coming backward pass may move the rows, with this rate
         self._moved: float | None = None  # it has
+        self._summed = False  # the pending gradient is the sum over the replicas
         self._open: weakref.WeakSet[HeadPass] = weakref.WeakSet()  # losses that may still be differentiated
         # makes the loss differentiable also when the embeddings are not (a frozen encoder)
         self._anchor = torch.zeros((), requires_grad=True)
@@ -208,19 +216,28 @@ class ShardedHead:
 
         For optimizer steps of one loss whose gradient is neither accumulated, clipped nor scaled. `step` with the same
         `lr` must follow the backward pass. With more than one loss differentiated together, or without a backward
-        pass, the step goes the ordinary way.
+        pass, or with several replicas, the step goes the ordinary way.
         """
-        self._move_lr = lr
+        if self.grid.replicas.world == 1:
+            self._move_lr = lr
 
     def pending_sq_norm(self) -> Tensor:
-        """Squared norm of the gradient of this rank's rows, a float64 scalar; sum it over the ranks."""
+        """This rank's share of the squared norm of the rows' gradient, a float64 scalar; sum it over the ranks.
+
+        Collective over replicas. With several of them no `backward` may follow before `step` or `zero_pending`.
+        """
+        self._sum_replicas()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for _, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             total += grad_RD.square().sum(dtype=torch.float64)
-        return total
+        return total / self.grid.replicas.world
 
     def pending_rows(self) -> tuple[Tensor, Tensor]:
-        """Global class ids (U,) of the touched rows and their gradient (U, D), a view."""
+        """Global class ids (U,) of the touched rows and their gradient (U, D), a view.
+
+        Collective over replicas, as `pending_sq_norm`.
+        """
+        self._sum_replicas()
         grad_UD = self._pending.grad_UD  # rows of sub-centres have the number of their row, not of their class
         if grad_UD is None:
             return torch.empty(0, dtype=torch.int64, device=self.device), self.w_CD[:0]
@@ -233,19 +250,19 @@ class ShardedHead:
         """Moves the touched rows by their gradient times `scale` (clipping), clears it, counts the step.
 
         After a backward pass that moved the rows itself (`begin_step`), only counts. Raises RuntimeError for another
-        rate or scale than it moved them with.
+        rate or scale than it moved them with. Collective over replicas.
         """
         rate = lr * self.config.lr_multiplier
         if self._moved is not None:
             if self._moved != lr or scale != 1.0:
                 raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
+        self._sum_replicas()
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
             w_RD = self.rows.read(local, self._scratch, "rows")
             self.rows.move(local, w_RD, grad_RD, rate, self.steps, self._scratch)
-        self._pending.clear()
-        self._move_lr = self._moved = None
+        self.zero_pending()
         self.steps += 1
         if self.rows.lag and self.rows.lag.advance(rate):
             self._catch_up()
@@ -254,6 +271,16 @@ class ShardedHead:
         """Drops the collected gradient (a skipped step); `steps` stays. Rows that have moved stay moved."""
         self._pending.clear()
         self._move_lr = self._moved = None
+        self._summed = False
+
+    def _sum_replicas(self) -> None:
+        """The rows' gradient summed over the replicas, which have touched the same rows; once a step."""
+        grad_UD = self._pending.grad_UD
+        if grad_UD is None or self._summed or self.grid.replicas.world == 1:
+            return
+        if grad_UD.numel():
+            self.grid.replicas.sum_(grad_UD)
+        self._summed = True
 
     @torch.no_grad()
     def _catch_up(self) -> None:
@@ -323,7 +350,10 @@ class ShardedHead:
         self._drawn = None
 
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Writes own rows and optimizer state; returns this rank's part of the index (`saving.HeadSave`)."""
+        """Writes own rows and optimizer state; returns this rank's part of the index (`saving.HeadSave`).
+
+        Collective over replicas, of which the first writes.
+        """
         return saving.HeadSave(self, folder).write()
 
     def begin_save(self, folder: str | Path, memory_bytes: int) -> saving.HeadSave:
@@ -349,26 +379,59 @@ class ShardedHead:
             "the seed": self.seed,
             "the number of optimizer steps": self.steps,
         }
-        batch, counts = gather_batch(self.ranks, x_BD, ids_BP, weight_B, target_BP, same)
-        check_batch(batch, counts, self.num_classes)
+        if self.grid.replicas.world == 1:
+            batch, counts = gather_batch(self.ranks, x_BD, ids_BP, weight_B, target_BP, same)
+            check_batch(batch, counts, self.num_classes)
+        else:
+            batch = gather_replica(self.grid, x_BD, ids_BP, weight_B, target_BP, same, self.num_classes)
         self.rows.refresh()
         own_NP = (batch.ids_NP >= self.start) & (batch.ids_NP < self.stop) & (batch.weight_N > 0)[:, None]
         sample_K, column_K = own_NP.nonzero(as_tuple=True)
         class_K = batch.ids_NP[sample_K, column_K] - self.start
-        rows, weight_S = self._plan(batch.x_ND, sample_K, class_K)
+        touched_T = class_K
+        if batch.whole is not None:
+            # every replica touches the same rows, so that their gradients can be summed
+            all_T = batch.whole.positive_T
+            touched_T = all_T[(all_T >= self.start) & (all_T < self.stop)] - self.start
+        rows, weight_S = self._plan(batch.x_ND, sample_K, class_K, touched_T)
         row_K = class_K * self.config.sub_centres
         at_K, order_K = torch.sort(rows.locate(row_K))
         pairs = Pairs(sample_K[order_K], column_K[order_K], at_K, row_K[order_K])
         args = (batch, pairs, self._use_max, self._scratch, self.steps)
         work = HeadPass(self.config, self.rows, rows, weight_S, *args)
         with _matmul_precision(self.config.matmul):
-            value = work.forward(self.ranks, for_backward)
+            value = self._forward(work, for_backward)
         if for_backward:
             self._open.add(work)
         return value, work
 
-    def _plan(self, x_ND: Tensor, sample_K: Tensor, class_K: Tensor) -> tuple[plan.StepPlan, Tensor | None]:
-        """The rows that take part (the drawn ones and own positives) and their weights as negatives."""
+    def _forward(self, work: HeadPass, for_backward: bool) -> Tensor:
+        """The loss over all replicas. What one of them refuses, all do."""
+        if self.grid.replicas.world == 1:
+            return work.forward(self.ranks, for_backward)
+        refusal: DataError | NotFiniteError | None = None
+        try:
+            value = work.forward(self.ranks, for_backward)
+        except (DataError, NotFiniteError) as error:
+            value, refusal = work.batch.x_ND.new_zeros(()), error
+        kinds = [value.new_tensor(float(isinstance(refusal, kind))) for kind in (DataError, NotFiniteError)]
+        value, wrong_data, not_finite = self.grid.replicas.sum_(torch.stack([value, *kinds]))
+        why = "another replica of the class rows refused its batch; its error says why"
+        if refusal is None and wrong_data:
+            refusal = DataError(why)
+        if refusal is None and not_finite:
+            refusal = NotFiniteError(why)
+        if refusal is not None:
+            raise refusal
+        return value
+
+    def _plan(
+        self, x_ND: Tensor, sample_K: Tensor, class_K: Tensor, touched_T: Tensor
+    ) -> tuple[plan.StepPlan, Tensor | None]:
+        """The rows that take part (the drawn ones and own positives) and their weights as negatives.
+
+        `class_K` are the own positives of this replica's samples, `touched_T` those of all replicas.
+        """
         config, classes = self.config, self.stop - self.start
         group, kind = config.sub_centres, config.sampling
         if config.sample_rate >= 1:
@@ -376,14 +439,14 @@ class ShardedHead:
         if self._drawn is None or self._drawn[0] != self.steps:
             self._drawn = (self.steps, self._draw())
         drawn = self._drawn[1]
-        sure_C = class_K  # classes that take part for certain
+        sure_C = touched_T  # classes that take part for certain
         if isinstance(kind, plan.BlockSampling):
-            sections = plan.of_blocks(drawn, class_K, classes)
+            sections = plan.of_blocks(drawn, touched_T, classes)
         else:
-            parts = [drawn, class_K]
+            parts = [drawn, touched_T]
             if self._screen is not None:
-                hard_S = self._screen.hardest(self.ranks, x_ND, sample_K, class_K, self._hard_count, group)
-                sure_C = torch.cat([class_K, hard_S])
+                hard_S = self._screen.hardest(self.grid, x_ND, sample_K, class_K, self._hard_count, group)
+                sure_C = torch.cat([touched_T, hard_S])
                 parts.append(hard_S)
             sections = plan.of_rows(torch.unique(torch.cat(parts)), classes)
         scaled = plan.of_groups(sections, group, len(self.rows))
@@ -419,6 +482,8 @@ class ShardedHead:
         return (classes[lo:hi] - self.start).to(self.device)
 
     def _end(self, work: HeadPass, grad_value: Tensor) -> Tensor:
+        if self._summed:
+            raise RuntimeError("the rows' gradient was already summed over the replicas: step comes first")
         factor = float(grad_value)
         alone = len(self._open) == 1 and self._pending.grad_UD is None and self._moved is None
         move = None

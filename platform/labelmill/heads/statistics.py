@@ -9,7 +9,7 @@ The gradient of an embedding needs the softmax only up to a factor of the sample
 unnormalised in the forward pass, while a chunk of exponentials is still in cache, and scaled when the sums
 are known.
 
-Shape legend: N samples of all ranks, P positives of a sample (padded with -1), S rows of the step, R rows of
+Shape legend: N samples of the ranks of this replica, P positives of a sample (padded with -1), S rows of the step, R rows of
 a chunk, K (sample, positive) pairs whose class this rank owns, D embedding size.
 """
 
@@ -80,7 +80,7 @@ class HeadPass:
         rows: of this rank, up to date.
         plan: the rows that take part, grouped by `config.sub_centres`.
         weight_S: importance of each row as a negative, in the order of the plan; None for all 1.
-        batch: of all ranks.
+        batch: of this replica.
         pairs: own positives; `at_K` is the place of the class's first row.
         step: optimizer steps taken, for rows that catch up.
     """
@@ -105,7 +105,9 @@ class HeadPass:
         self.elementwise = self.loss.elementwise
         group = config.sub_centres
         factor = 1 if batch.x_ND.device.type == "cpu" else ACCELERATOR_FACTOR
-        self.chunk = max(1, min(chunk_rows(self.count) * factor, plan.total) // group) * group
+        # the same chunks in every replica: rows that catch up on their way are rounded chunk by chunk
+        most = self.count if batch.whole is None else batch.whole.most
+        self.chunk = max(1, min(chunk_rows(most) * factor, plan.total) // group) * group
         self.update_rows = max(1, max(64, UPDATE_ELEMENTS // self.dim) * factor // group) * group
         self.pieces = plan.pieces(self.chunk)
         self.top_N = batch.x_ND.new_full((self.count,), -torch.inf) if use_max and not self.elementwise else None
@@ -117,7 +119,7 @@ class HeadPass:
     # --- forward ----------------------------------------------------------------------------------------
 
     def forward(self, ranks: Ranks, for_backward: bool) -> Tensor:
-        """The weighted mean loss over all ranks, the same scalar on each."""
+        """This replica's part of the weighted mean loss over all ranks, the same scalar on each of its ranks."""
         sims_K, total_N, pull_ND = self._scan(for_backward)
         extra = 2 if self.loss.needs_sum else 0
         stats_NQ = total_N.new_zeros(self.count, 1 + extra + self.batch.ids_NP.shape[1])
@@ -315,7 +317,8 @@ class HeadPass:
             logits_NP = self.scale * apply_margin(sim_NP, self.config.margin)
             loss_N = self.loss(negatives_N, logits_NP, mask_NP, Extras(sum_N, number_N, self.batch.target_NP))
             counted_N = torch.where(weight_N > 0, loss_N, 0.0) * weight_N
-            value = counted_N.sum() / weight_N.sum().clamp_min(torch.finfo(weight_N.dtype).tiny)
+            weight = weight_N.sum() if self.batch.whole is None else self.batch.whole.weight_sum
+            value = counted_N.sum() / weight.clamp_min(torch.finfo(weight_N.dtype).tiny)
             if not for_backward:
                 return value, negatives_N, sum_N, sim_NP
             grads = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)

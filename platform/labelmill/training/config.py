@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from labelmill.errors import JobError
+from labelmill.heads.config import HeadConfig
+from labelmill.heads.ranks import check_shards
 from labelmill.job import Job, StrictModel
 
 
@@ -67,9 +70,17 @@ class TrainConfig(StrictModel):
 
 
 class TrainJob(Job):
-    """A job that trains: the checks that involve the cluster and the batch."""
+    """A job that trains: the checks that involve the cluster, the batch and the heads."""
 
     train: TrainConfig
+
+    def class_count(self) -> int | None:
+        """Classes of the head, for `labelmill plan`; None when only the data can tell."""
+        return None
+
+    def label_count(self) -> int:
+        """The most labels of a sample, for `labelmill plan`."""
+        return 1
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainJob:
@@ -81,4 +92,14 @@ class TrainJob(Job):
             )
         if self.train.precision == "bf16" and self.train.zero_stage == 0:
             raise ValueError("train.precision bf16 keeps fp32 master weights in ZeRO: use train.zero_stage 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_replicas(self) -> TrainJob:
+        for _, section in self:
+            if isinstance(section, HeadConfig) and section.shards:
+                try:
+                    check_shards(section.shards, self.cluster.workers)
+                except JobError as error:
+                    raise ValueError(str(error)) from None
         return self

@@ -2,8 +2,8 @@
 
 Where ranks form several replicas, embeddings travel within a replica only, labels and weights everywhere.
 
-Shape legend: B samples of this rank, N samples of this replica's ranks, W samples of all replicas, P positives of a sample (padded with -1), D embedding
-size.
+Shape legend: B samples of this rank, N samples of this replica's ranks, W samples of all replicas, P positives of a
+sample (padded with -1), D embedding size.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class ClassRows:
         self.optimizer, self.normalize, self.dtype = optimizer, normalize, dtype
         self.narrow = w_CD.dtype != dtype
         self.w_CD = w_CD
-        self.state = optimizer.state(*w_CD.shape, dtype, w_CD.device)
+        self.state = optimizer.state(len(w_CD), w_CD.shape[1], dtype, w_CD.device)
         if master and self.narrow:
             self.state["master"] = w_CD.to(dtype)
         self.inverse_C: Tensor | None = None
@@ -189,7 +189,7 @@ class ClassRows:
         self.optimizer.update_(w_RD, grad_RD, state, lr)
         if isinstance(where, Tensor):
             for name, part in state.items():
-                self.state[name].index_copy_(0, where, part)
+                _scatter(self.state[name], where, part)
         self._write(where, w_RD, self.inverse(where))
         if self.lag:
             self.lag.last_C[where] = step + 1
@@ -237,9 +237,16 @@ def _fetch(tensor: Tensor, where: Where, dtype: torch.dtype, scratch: Scratch, n
 def _store(tensor: Tensor, where: Where, part: Tensor) -> None:
     """Writes rows back; nothing to do for a view of the tensor itself."""
     if isinstance(where, Tensor):
-        tensor.index_copy_(0, where, part)
+        _scatter(tensor, where, part)
     elif part.data_ptr() != tensor[where].data_ptr():
         tensor[where] = part
+
+
+def _scatter(tensor: Tensor, row_R: Tensor, part: Tensor) -> None:
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        tensor.numpy()[row_R.numpy()] = part.numpy()  # a memcpy a row: half the time of index_copy_
+    else:
+        tensor.index_copy_(0, row_R, part)
 
 
 class PendingRows:
@@ -267,10 +274,9 @@ class PendingRows:
             rows: of the shard.
             like: (1, D), type and device of the gradient.
         """
-        if ids_S is None:
-            sorted_S = None
-        else:
-            sorted_S = ids_S if bool((ids_S.diff() > 0).all()) else ids_S.sort().values
+        sorted_S = ids_S
+        if ids_S is not None and not bool((ids_S.diff() > 0).all()):
+            sorted_S = ids_S.sort().values
         if self.grad_UD is None:
             self.ids_U, self.grad_UD = sorted_S, self._zeros(rows if ids_S is None else len(ids_S), like)
         elif self.ids_U is not None:

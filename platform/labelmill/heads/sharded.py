@@ -253,9 +253,8 @@ class ShardedHead:
         rate or scale than it moved them with. Collective over replicas.
         """
         rate = lr * self.config.lr_multiplier
-        if self._moved is not None:
-            if self._moved != lr or scale != 1.0:
-                raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
+        if self._moved is not None and (self._moved != lr or scale != 1.0):
+            raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
         self._sum_replicas()
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
@@ -538,7 +537,7 @@ def _matmul_precision(kind: str) -> Iterator[None]:
     if kind == "fp32":
         yield
         return
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend, name in zip(backends, ("bf16", "tf32"), strict=True):

@@ -100,8 +100,9 @@ def load_head(head: ShardedHead, folder: str | Path) -> None:
 def export_rows(head: ShardedHead, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Writes own rows alone, unit length if the head normalises, to files `rows-<start>-<stop>.safetensors`.
 
-    Returns {file, start, stop} of each; only the first replica writes. Raises ValueError for sub-centres: a plain matrix
-    of rows can't say which of them is nearest.
+    Returns {file, start, stop} of each; only the first replica writes.
+
+    Raises ValueError for sub-centres: a plain matrix of rows can't say which of them is nearest.
     """
     if head.config.sub_centres > 1:
         raise ValueError(f"a head of {head.config.sub_centres} sub-centres a class has no one row a class to export")

@@ -9,7 +9,7 @@ The gradient of an embedding needs the softmax only up to a factor of the sample
 unnormalised in the forward pass, while a chunk of exponentials is still in cache, and scaled when the sums
 are known.
 
-Shape legend: N samples of the ranks of this replica, P positives of a sample (padded with -1), S rows of the step, R rows of
+Shape legend: N samples of this replica's ranks, P positives of a sample (padded with -1), S rows of the step, R rows of
 a chunk, K (sample, positive) pairs whose class this rank owns, D embedding size.
 """
 
@@ -256,7 +256,7 @@ class HeadPass:
         self._subtract_top_(z_RN, top_N)
 
     def _reserve(self, for_backward: bool) -> int:
-        """Takes room for the logits that are kept and a chunk of those that aren't; returns how many chunks are kept."""
+        """Takes room for the logits that are kept and a chunk of those that aren't; returns how many are kept."""
         budget = int(self.config.memory_mb * 2**20) // (self.batch.x_ND.element_size() * max(1, self.count))
         kept = sum(piece.hi <= budget for piece in self.pieces) if for_backward else 0
         self.kept_rows = self.pieces[kept - 1].hi if kept else 0

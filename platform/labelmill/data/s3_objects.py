@@ -282,8 +282,9 @@ def _delete_some(bucket: str, keys: list[str]) -> None:
             )
             left = [entry["Key"] for entry in answer.get("Errors", [])]
         except StoreError as error:
-            if error.reason not in ("refused", "server", "denied"):
-                raise  # else one by one: several stores don't know the bulk request, or want another checksum
+            # one by one, then: stores don't know the request, want another checksum, or can't sign it
+            if error.reason not in ("refused", "server", "denied", "secret", "checksum"):
+                raise
     for key in left:
         _delete_one(bucket, key)
 

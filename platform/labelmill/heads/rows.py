@@ -189,7 +189,7 @@ class ClassRows:
         self.optimizer.update_(w_RD, grad_RD, state, lr)
         if isinstance(where, Tensor):
             for name, part in state.items():
-                self.state[name].index_copy_(0, where, part)
+                _scatter(self.state[name], where, part)
         self._write(where, w_RD, self.inverse(where))
         if self.lag:
             self.lag.last_C[where] = step + 1
@@ -237,9 +237,16 @@ def _fetch(tensor: Tensor, where: Where, dtype: torch.dtype, scratch: Scratch, n
 def _store(tensor: Tensor, where: Where, part: Tensor) -> None:
     """Writes rows back; nothing to do for a view of the tensor itself."""
     if isinstance(where, Tensor):
-        tensor.index_copy_(0, where, part)
+        _scatter(tensor, where, part)
     elif part.data_ptr() != tensor[where].data_ptr():
         tensor[where] = part
+
+
+def _scatter(tensor: Tensor, row_R: Tensor, part: Tensor) -> None:
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        tensor.numpy()[row_R.numpy()] = part.numpy()  # a memcpy a row: half the time of index_copy_
+    else:
+        tensor.index_copy_(0, row_R, part)
 
 
 class PendingRows:

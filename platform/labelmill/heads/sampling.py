@@ -59,22 +59,23 @@ def sampled_classes(num_classes: int, rate: float, seed: int, step: int) -> Tens
 
     Stratified: the classes, as a ring turned by a random offset, are cut into S runs, and one class is drawn from each.
     Exactly S distinct classes, each with probability S / C, in O(S) and already in order; two classes of one run are
-    never drawn together.
+    never drawn together. Every rank gets its share of them, so that none waits for another.
     """
-    count = max(1, round(rate * num_classes))
-    random = _random(seed, _CLASSES, step)
-    edges = np.arange(count + 1, dtype=np.int64) * num_classes // count
-    drawn = edges[:-1] + (random.random(count) * np.diff(edges)).astype(np.int64)
-    drawn = np.minimum(drawn, edges[1:] - 1) + random.integers(num_classes)
-    wrapped = np.searchsorted(drawn, num_classes)
-    return torch.from_numpy(np.concatenate([drawn[wrapped:] - num_classes, drawn[:wrapped]]))
+    return _stratified(num_classes, rate, _random(seed, _CLASSES, step))
 
 
 def sampled_blocks(blocks: int, rate: float, seed: int, step: int) -> Tensor:
-    """The blocks drawn for optimizer step `step`: round(rate * blocks) (at least 1) numbers, sorted, int64."""
-    count = max(1, round(rate * blocks))
-    drawn = _random(seed, _BLOCKS, step).choice(blocks, count, replace=False, shuffle=False)
-    return torch.from_numpy(np.sort(drawn))
+    """The blocks drawn for optimizer step `step`: round(rate * blocks) (at least 1) numbers, as `sampled_classes`."""
+    return _stratified(blocks, rate, _random(seed, _BLOCKS, step))
+
+
+def _stratified(total: int, rate: float, random: np.random.Generator) -> Tensor:
+    count = max(1, round(rate * total))
+    edges = np.arange(count + 1, dtype=np.int64) * total // count
+    drawn = edges[:-1] + (random.random(count) * np.diff(edges)).astype(np.int64)
+    drawn = np.minimum(drawn, edges[1:] - 1) + random.integers(total)
+    wrapped = np.searchsorted(drawn, total)
+    return torch.from_numpy(np.concatenate([drawn[wrapped:] - total, drawn[:wrapped]]))
 
 
 def _random(seed: int, purpose: int, index: int) -> np.random.Generator:

@@ -176,7 +176,7 @@ class HeadPass:
         ones_R = x_ND.new_ones(self.chunk)
         kept = self._reserve(for_backward)
         for index, piece in enumerate(self.pieces):
-            z_RN = self._memory_of(index + 1 if index < kept else 0, piece)
+            z_RN = self._memory_of(piece, keep=index < kept)
             self.rows.catch_up(piece.where, self.scratch, self.step)
             w_RD = self.rows.read(piece.where, self.scratch, "rows")
             inverse_R = self.rows.inverse(piece.where)
@@ -254,15 +254,17 @@ class HeadPass:
         self._subtract_top_(z_RN, top_N)
 
     def _reserve(self, for_backward: bool) -> int:
-        """Takes room for one chunk of logits and for those kept; returns how many are."""
-        chunk = self.chunk * self.count
-        budget = int(self.config.memory_mb * 2**20) // self.batch.x_ND.element_size()
-        kept = min(len(self.pieces), budget // max(chunk, 1)) if for_backward else 0
-        self.memory = self.scratch.take("logits", (1 + kept) * chunk, self.batch.x_ND)
+        """Takes room for the logits that are kept and a chunk of those that aren't; returns how many chunks are kept."""
+        budget = int(self.config.memory_mb * 2**20) // (self.batch.x_ND.element_size() * max(1, self.count))
+        kept = sum(piece.hi <= budget for piece in self.pieces) if for_backward else 0
+        self.kept_rows = self.pieces[kept - 1].hi if kept else 0
+        spare = self.chunk if kept < len(self.pieces) else 0
+        self.memory = self.scratch.take("logits", (self.kept_rows + spare) * self.count, self.batch.x_ND)
         return kept
 
-    def _memory_of(self, place: int, piece: Piece) -> Tensor:
-        start, rows = place * self.chunk * self.count, piece.hi - piece.lo
+    def _memory_of(self, piece: Piece, keep: bool) -> Tensor:
+        rows = piece.hi - piece.lo
+        start = (piece.lo if keep else self.kept_rows) * self.count
         return self.memory[start : start + rows * self.count].view(rows, self.count)
 
     def _release(self) -> None:
@@ -385,7 +387,7 @@ class HeadPass:
             if self.top_N is None:
                 return self.kept[index], self.x_by_ND
             return self.kept[index], self.x_by_ND * _exp_difference(self.chunk_top[index], self.top_N)[:, None]
-        z_RN = self._memory_of(0, piece)
+        z_RN = self._memory_of(piece, keep=False)
         w_RD = self.rows.read(piece.where, self.scratch, "rows")
         inverse_R = self.rows.inverse(piece.where)
         first, last = self.cuts[index], self.cuts[index + 1]

@@ -346,5 +346,5 @@ def dense_loss(
         negatives_N = loss.negative_term(z_NC).masked_fill(own_NC, 0.0).sum(dim=1)
     else:
         negatives_N = torch.logsumexp(z_NC.masked_fill(own_NC, -torch.inf), dim=1)
-    extras = Extras(z_NC.masked_fill(own_NC, 0.0).sum(dim=1), (~own_NC).sum(dim=1), target_NP)
+    extras = Extras(z_NC.masked_fill(own_NC, 0.0).sum(dim=1), (~own_NC).to(z_NC).sum(dim=1), target_NP)
     return loss(negatives_N, pos_NP, mask_NP, extras)

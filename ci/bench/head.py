@@ -372,7 +372,9 @@ def main() -> None:
     parser.add_argument("--sampling", nargs="*", default=["uniform", "blocks"], choices=list(SAMPLING))
     parser.add_argument("--screened", type=float, default=0.0, help="also a hard sample of this share")
     parser.add_argument("--memory-mb", type=float, default=512.0)
-    parser.add_argument("--tuned", action="store_true", help="the peer with fused SGD, and an allocator that keeps pages")
+    parser.add_argument(
+        "--tuned", action="store_true", help="the peer with fused SGD, and an allocator that keeps pages"
+    )
     parser.add_argument("--alone", action="store_true", help="no peer")
     parser.add_argument("--peer", action="store_true", help="memory of the peer")
     parser.add_argument("--json", type=Path)

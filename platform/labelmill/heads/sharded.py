@@ -236,9 +236,8 @@ class ShardedHead:
         rate or scale than it moved them with.
         """
         rate = lr * self.config.lr_multiplier
-        if self._moved is not None:
-            if self._moved != lr or scale != 1.0:
-                raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
+        if self._moved is not None and (self._moved != lr or scale != 1.0):
+            raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
@@ -473,7 +472,8 @@ def _matmul_precision(kind: str) -> Iterator[None]:
     if kind == "fp32":
         yield
         return
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lag behind
+    backends = (mkldnn.matmul, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend, name in zip(backends, ("bf16", "tf32"), strict=True):

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from labelmill import __version__
 from labelmill.cli_data import data_app
+from labelmill.cli_head import head_app
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Registered models: list, show, promote, predict.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
+app.add_typer(head_app, name="head")
 
 console = Console()
 

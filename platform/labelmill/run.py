@@ -29,6 +29,7 @@ from labelmill import __version__
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import AnySpec
 from labelmill.errors import UserError
+from labelmill.heads.index import IndexConfig, build_index
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
@@ -143,8 +144,12 @@ class Run:
         data: Manifest,
         predictor: str = "topk",
         prior: ClassPrior | None = None,
+        index: IndexConfig | None = None,
     ) -> Stage:
-        """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`."""
+        """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`.
+
+        With `index` the package also holds an approximate index over the rows.
+        """
         return self.stage(
             "register",
             _register,
@@ -155,6 +160,7 @@ class Run:
             name=name,
             predictor=predictor,
             prior=prior,
+            index=index,
         )
 
     def track_data(self, **sets: Manifest) -> None:
@@ -229,6 +235,7 @@ def _register(
     name: str,
     predictor: str,
     prior: ClassPrior | None,
+    index: IndexConfig | None,
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
     from labelmill.encoders import build_encoder
@@ -264,6 +271,9 @@ def _register(
         code_version=__version__,
         extra={"job": resolved(run.job)},
     )
+    if index is not None and classes is not None:
+        info = build_index(package, index.kind, index.factory, index.probes)
+        run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
     version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload})
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}

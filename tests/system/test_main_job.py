@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from labelmill import api
 from labelmill.errors import ClusterError, DataError
+from labelmill.heads.index import measure_recall
 
 SPELLING = {
     "workload": "discrimination.spelling",
@@ -208,6 +210,8 @@ def test_undecodable_images_are_counted_named_and_limited(tmp_path: Path, ray_se
         "workload": "discrimination.partial_fc",
         "name": "bars",
         "data": {"train": str(train), "test": str(test)},
+        "register_as": "indexed-bars",
+        "index": {"kind": "faiss"},
     }
     path = write_job(tmp_path, job)
     with pytest.raises(DataError, match="can't be used") as caught:
@@ -217,6 +221,8 @@ def test_undecodable_images_are_counted_named_and_limited(tmp_path: Path, ray_se
     assert report.metrics["data/bad_samples"] == 2
     assert {row[0] for row in report.tables["bad samples"].rows} == set(keys)
     assert report.metrics["test/top1"] > 0.6
+    logged = next((tmp_path / "runs" / "mlartifacts").rglob("index.json"))
+    assert measure_recall(logged.parent, torch.randn(9, 16), k=2)["recall@2"] == 1.0
 
 
 def test_import_platform_is_the_standard_module(ray_session: None) -> None:

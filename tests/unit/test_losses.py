@@ -11,13 +11,19 @@ from pydantic import TypeAdapter, ValidationError
 from labelmill.errors import DataError
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.classification import (
+    ASL,
+    BCE,
+    LDR,
     MLC,
     MLCD,
     Decoupled,
     Loss,
     LossConfig,
     MultiSoftmax,
+    RowLoss,
+    SmoothedSoftmax,
     Softmax,
+    SoftTargets,
     dense_loss,
     softplus,
 )
@@ -26,7 +32,9 @@ from labelmill.losses.margins import ArcFace, CosFace
 COS = torch.tensor([[0.8, 0.5, 0.1, -0.2, 0.3]], dtype=torch.float64)
 TWO = torch.tensor([[0, 1]])
 ONE = torch.tensor([[0, -1]])
-EVERY = [Softmax(), MultiSoftmax(), Decoupled(), MLC(), MLCD(), MLCD(threshold=0.7)]
+OF_SUMS = [Softmax(), MultiSoftmax(), Decoupled(), MLC(), MLCD(), MLCD(threshold=0.7)]
+EVERY = [*OF_SUMS, SmoothedSoftmax(), SoftTargets(), BCE(threshold=0.3), ASL(gamma_pos=1.0), ASL(gamma_neg=0.0), LDR()]
+SINGLE = ("softmax", "smoothed_softmax", "ldr")
 
 
 def close(got: torch.Tensor, want: float | list[float], tolerance: float = 1e-10) -> None:
@@ -100,15 +108,13 @@ def test_decoupled_values_of_the_dexml_sheet_do_not_move_with_other_positives() 
 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda loss: loss.kind)
 def test_gradients_are_those_of_finite_differences(loss: Loss) -> None:
-    ids = (
-        torch.tensor([[1, -1], [3, -1], [0, -1]]) if loss.kind == "softmax" else torch.tensor([[1, 4], [3, -1], [0, 2]])
-    )
+    ids = torch.tensor([[1, -1], [3, -1], [0, -1]]) if loss.kind in SINGLE else torch.tensor([[1, 4], [3, -1], [0, 2]])
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(3, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: dense_loss(loss, z, ids, scale=2.0), (z,))
 
 
-@pytest.mark.parametrize("loss", EVERY, ids=lambda loss: loss.kind)
+@pytest.mark.parametrize("loss", OF_SUMS, ids=lambda loss: loss.kind)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extremes_stay_finite(loss: Loss, dtype: torch.dtype) -> None:
     """No negatives, no positives (padding only), and logits of hundreds."""
@@ -121,6 +127,53 @@ def test_extremes_stay_finite(loss: Loss, dtype: torch.dtype) -> None:
     assert torch.isfinite(lse.grad).all()
     assert torch.isfinite(pos.grad).all()
     assert (pos.grad[~mask] == 0).all()
+
+
+def test_ldr_of_the_method_sheet() -> None:
+    f = torch.tensor([[2.0, 1.0, -1.0]], dtype=torch.float64)
+    cases = [(0, 1.0, 0.0, -0.7496000719), (0, 0.01, 0.1, -0.0109861229), (0, 1.0, 0.1, -0.7190854341)]
+    cases += [(0, 10.0, 0.1, -1.1946141102), (0, 1e4, 0.1, -1.2665932235), (1, 0.01, 0.1, 1.0890138771)]
+    cases += [(1, 1.0, 0.1, 0.3253955549), (1, 10.0, 0.1, -0.1910222314), (1, 1e4, 0.1, -0.2665898899)]
+    for label, lam, gap, want in cases:
+        close(dense_loss(LDR(lam=lam, gap=gap), f, torch.tensor([[label]])), want, 1e-9)
+    total = sum(dense_loss(LDR(lam=1e6, gap=0.1), f, torch.tensor([[label]])).item() for label in range(3))
+    assert total == pytest.approx(0.2, abs=1e-5)
+    close(dense_loss(LDR(lam=1.0, gap=0.1), torch.zeros(1, 3, dtype=torch.float64), ONE[:, :1]), 0.0677651338)
+
+
+def test_smoothing_is_that_of_torch() -> None:
+    want = torch.nn.functional.cross_entropy(COS, torch.tensor([0]), label_smoothing=0.2)
+    torch.testing.assert_close(dense_loss(SmoothedSoftmax(smoothing=0.2), COS, ONE)[0], want)
+
+
+def test_soft_targets_are_cross_entropy_with_a_distribution() -> None:
+    target = torch.tensor([[0.5, 0.2]], dtype=torch.float64)
+    whole = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]], dtype=torch.float64)
+    want = torch.nn.functional.cross_entropy(COS, whole)
+    torch.testing.assert_close(dense_loss(SoftTargets(), COS, TWO, target_NP=target)[0], want)
+    dropped = torch.nn.functional.cross_entropy(COS, torch.tensor([[5 / 7, 2 / 7, 0, 0, 0]], dtype=torch.float64))
+    torch.testing.assert_close(dense_loss(SoftTargets(tail="drop"), COS, TWO, target_NP=target)[0], dropped)
+
+
+def test_bce_and_asl_are_those_of_their_definitions() -> None:
+    y = torch.tensor([[1.0, 1, 0, 0, 0]], dtype=torch.float64)
+    want = torch.nn.functional.binary_cross_entropy_with_logits(COS, y, reduction="sum")
+    for loss in (BCE(), ASL(gamma_neg=0.0, clip=0.0)):
+        torch.testing.assert_close(dense_loss(loss, COS, TWO)[0], want)
+    p = torch.sigmoid(COS[0])
+    shifted = (p[2:] - 0.05).clamp_min(0)
+    want = -((1 - p[:2]) * p[:2].log()).sum() - (shifted**4 * (1 - shifted).log()).sum()
+    torch.testing.assert_close(dense_loss(ASL(gamma_pos=1.0), COS, TWO)[0], want)
+
+
+@pytest.mark.parametrize("loss", [BCE(threshold=0.3), ASL(), ASL(gamma_neg=0.0), ASL(gamma_neg=1.0, clip=0.0)])
+def test_slope_of_negatives(loss: RowLoss) -> None:
+    z = torch.tensor([-80.0, -4.0, -0.3, 0.2, 3.0, 60.0], dtype=torch.float64)
+    torch.testing.assert_close(loss.negative_slope(z), RowLoss.negative_slope(loss, z), rtol=1e-9, atol=1e-12)
+    ends = torch.tensor([-torch.inf, -200.0, 200.0])
+    assert torch.isfinite(loss.negative_slope(ends)).all()
+    assert loss.negative_slope(ends)[0] == 0
+    assert loss.negative_term(ends)[0] == 0
 
 
 def test_softmax_refuses_two_positives() -> None:

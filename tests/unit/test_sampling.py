@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from labelmill.heads.sampling import block_size, class_range, initial_rows, sampled_classes
+from labelmill.heads.sampling import block_size, class_range, initial_rows, sampled_blocks, sampled_classes
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 63, 64, 1003, 100_003, 1_000_000])
@@ -63,3 +63,20 @@ def test_sample_changes_with_step_and_seed_and_is_uniform() -> None:
     # 2000 draws of share 0.2: standard deviation of a count is sqrt(2000 * 0.2 * 0.8) = 18
     assert (hits - 400).abs().max() < 5 * 18
     assert not torch.equal(sampled_classes(1000, 0.1, 1, 7), sampled_classes(1000, 0.1, 2, 7))
+
+
+def test_every_rank_gets_its_share_of_the_drawn_blocks() -> None:
+    for step in range(20):
+        drawn = sampled_blocks(977, 0.1, seed=1, step=step)
+        assert len(drawn) == 98
+        assert abs(int((drawn < 488).sum()) - 49) <= 1
+
+
+@pytest.mark.parametrize("rate", [0.35, 0.66, 0.9])
+def test_sample_is_uniform_for_any_rate(rate: float) -> None:
+    """Runs of unequal length: only the random turn of the ring makes every class equally likely."""
+    hits = torch.zeros(20)
+    for step in range(4000):
+        hits[sampled_classes(20, rate, seed=2, step=step)] += 1
+    share = round(rate * 20) / 20
+    assert (hits / 4000 - share).abs().max() < 5 * (share * (1 - share) / 4000) ** 0.5

@@ -28,6 +28,7 @@ from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.index import IndexConfig
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
 from labelmill.losses.contrastive import in_batch_softmax
@@ -139,6 +140,7 @@ class PartialFCJob(TrainJob):
     align: float = Field(0.0, ge=0, description="weight of the softmax over class names of the batch; needs imprint")
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
+    index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
 
     @model_validator(mode="after")
     def _align_needs_names(self) -> PartialFCJob:
@@ -225,4 +227,4 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
     report_ranking(run, "test", {"partial FC": ids_QK}, label_QP)
     run.report_data_health(Fitted(fit.folder))
     if job.register_as:
-        run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train)
+        run.register(job.register_as, fit, encoder=job.encoder, head=job.head, data=train, index=job.index)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from labelmill.heads.optim import SGD, RowOptimizerConfig
+from labelmill.heads.plan import BlockSampling, SamplingConfig, UniformSampling
 from labelmill.job import StrictModel
 from labelmill.losses.classification import LossConfig, Softmax
 from labelmill.losses.margins import MarginConfig, NoMargin
@@ -17,19 +20,37 @@ class HeadConfig(StrictModel):
     margin: MarginConfig = NoMargin()
     normalize: bool = Field(True, description="similarity is the cosine; otherwise the plain inner product")
     scale: float = Field(32.0, gt=0, description="multiplies the similarity; 1 / temperature")
+    sub_centres: int = Field(1, ge=1, description="rows a class; a sample is compared with the nearest (Deng 2020)")
     sample_rate: float = Field(
         1.0, gt=0, le=1, description="share of the classes drawn each step; positives are always kept"
+    )
+    sampling: SamplingConfig = UniformSampling()
+    importance: bool = Field(
+        False,
+        description="weigh drawn negatives by 1 / probability, so that sums over all classes are right on average",
     )
     optimizer: RowOptimizerConfig = SGD()
     lr_multiplier: float = Field(1.0, gt=0, description="class rows learn this much faster than the encoder")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the first class rows")
     block_rows: int = Field(1024, ge=1, description="classes are dealt to ranks in blocks of at most this size")
     memory_mb: float = Field(512.0, ge=0, description="memory for logits kept for the backward pass, MiB a rank")
+    rows_dtype: Literal["fp32", "bf16", "bf16+master"] = Field(
+        "fp32", description="how rows are stored: bf16 is rounded stochastically, or has a float32 master beside it"
+    )
+    matmul: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 rounds what is multiplied; products are added up in float32 (needs such hardware)"
+    )
 
     @model_validator(mode="after")
-    def _margin_needs_cosines(self) -> HeadConfig:
+    def _fits_together(self) -> HeadConfig:
         if self.margin.kind != "none" and not self.normalize:
             raise ValueError(
                 f"margin {self.margin.kind!r} acts on cosines: set normalize to true, or margin.kind to none"
             )
+        if self.sub_centres > 1 and self.loss.needs_sum:
+            raise ValueError(
+                f"loss {self.loss.kind!r} sums over all rows and takes one row a class: set sub_centres to 1"
+            )
+        if self.sub_centres > 1 and isinstance(self.sampling, BlockSampling) and self.sampling.stride > 1:
+            raise ValueError("sampling.stride and sub_centres don't go together: set one of them to 1")
         return self

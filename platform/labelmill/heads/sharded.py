@@ -10,15 +10,20 @@ they were replicas. It has its own gradient buffer and row optimizer:
     loss.backward()                       # gradient of the embeddings; rows collect theirs in the head
     head.step(lr)                         # moves the touched rows
 
+Where a step has one loss and nothing scales its gradient afterwards, `head.begin_step(lr)` before the loss lets the
+backward pass move each chunk of rows while it is in cache; no gradient of the rows is stored then.
+
 Shape legend: B samples of this rank, N samples of all ranks, P positives of a sample (padded with -1), C
 classes of this rank, D embedding size, k results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,24 +31,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from labelmill.errors import DataError
-from labelmill.heads import sampling, storage
+from labelmill.heads import plan, sampling, saving
+from labelmill.heads.batch import HasIds, check_batch, class_ids, gather_batch
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.ranks import Ranks
-from labelmill.heads.rows import PendingRows, Scratch, StepRows
-from labelmill.heads.statistics import GlobalBatch, HeadPass, Pairs, needs_maximum
+from labelmill.heads.rows import ROWS_AT_ONCE, ClassRows, PendingRows, Scratch
+from labelmill.heads.screen import Screen
+from labelmill.heads.statistics import HeadPass, Move, Pairs, needs_maximum
 from labelmill.heads.topk import merge_topk, topk_rows
-
-ROWS_AT_ONCE = 4096
-
-
-class HasIds(Protocol):
-    """Labels in batch form, as `labelmill.data.labels.Labels`."""
-
-    @property
-    def form(self) -> str: ...
-
-    @property
-    def ids_BP(self) -> Tensor: ...
 
 
 class ShardedHead:
@@ -60,12 +55,14 @@ class ShardedHead:
 
     Attributes:
         start, stop: the classes that this rank owns; may be empty.
-        w_CD: their rows, raw (not unit length).
-        state: the optimizer's tensors by name, first axis C.
+        w_CD: their rows, raw (not unit length); `sub_centres` rows a class, one after the other.
+        state: the optimizer's tensors by name, first axis as that of `w_CD`.
         steps: optimizer steps taken; selects the sampled classes.
         grad_scale: the gradient of the embeddings is multiplied by this. It is the number of ranks, because a
             data-parallel engine averages over ranks while the loss is already the global mean. The rows' own
             gradient is not affected.
+        loss_scale: what the loss is multiplied by before `backward`, to keep half-precision gradients of the encoder
+            from vanishing. The rows' gradient is divided by it again.
     """
 
     def __init__(
@@ -84,44 +81,93 @@ class ShardedHead:
         self.ranks = Ranks(group)
         self.device, self.dtype = torch.device(device), dtype
         self.start, self.stop = sampling.class_range(num_classes, config.block_rows, self.ranks.rank, self.ranks.world)
-        self.w_CD = sampling.initial_rows(
-            num_classes, dim, config.block_rows, self.start, self.stop, seed, config.init_std, dtype
-        ).to(self.device)
-        self.state = config.optimizer.state(len(self.w_CD), dim, dtype, self.device)
+        self.rows = self._first_rows()
         self.steps = 0
         self.grad_scale = float(self.ranks.world)
+        self.loss_scale = 1.0
         self._scratch = Scratch()
         self._pending = PendingRows(self._scratch)
-        self._use_max = needs_maximum(config.normalize, config.scale, num_classes, dtype)
-        self._drawn: tuple[int, Tensor] | None = None  # (step, local rows drawn for it)
+        self._use_max = needs_maximum(config.normalize, config.scale / config.loss.temperature, num_classes, dtype)
+        self._screen = Screen(self.rows) if isinstance(config.sampling, plan.HardSampling) else None
+        self._drawn: tuple[int, Any] | None = None  # (step, what was drawn for it)
+        self._move_lr: float | None = None  # the coming backward pass may move the rows, with this rate
+        self._moved: float | None = None  # it has
+        self._open: weakref.WeakSet[HeadPass] = weakref.WeakSet()  # losses that may still be differentiated
         # makes the loss differentiable also when the embeddings are not (a frozen encoder)
         self._anchor = torch.zeros((), requires_grad=True)
+
+    def _first_rows(self) -> ClassRows:
+        config, group = self.config, self.config.sub_centres
+        narrow = config.rows_dtype != "fp32"
+        if narrow and self.dtype != torch.float32:
+            raise ValueError(f"rows_dtype {config.rows_dtype!r} goes with float32 arithmetic, not {self.dtype}")
+        rows = sampling.initial_rows(
+            self.num_classes,
+            self.dim * group,
+            config.block_rows,
+            self.start,
+            self.stop,
+            self.seed,
+            config.init_std,
+            torch.bfloat16 if narrow else self.dtype,
+        )
+        w_CD = rows.view(-1, self.dim).to(self.device)
+        master = config.rows_dtype == "bf16+master"
+        return ClassRows(w_CD, config.optimizer, config.normalize, self.dtype, master, self.seed + self.ranks.rank)
+
+    @property
+    def w_CD(self) -> Tensor:
+        return self.rows.w_CD
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return self.rows.state
 
     def to(self, device: torch.device | str) -> ShardedHead:
         """Moves rows and optimizer state, as `nn.Module.to` does for parameters; before training."""
         self.device = torch.device(device)
-        self.w_CD = self.w_CD.to(self.device)
-        self.state = {name: tensor.to(self.device) for name, tensor in self.state.items()}
+        self.rows.to(self.device)
         self._drawn = None
         return self
 
+    @torch.no_grad()
     def set_rows(self, classes: range | Tensor, rows_KD: Tensor) -> None:
         """Sets rows of own classes, given by global id (imprinting), and forgets their optimizer state.
 
+        With sub-centres `rows_KD` is (K, centres, D), or (K, D): then all centres of a class start from its row, each
+        a little beside it.
+
         Raises ValueError for classes of another rank, or for rows that are not finite or have no direction.
         """
-        ids_K = torch.tensor(classes) if isinstance(classes, range) else classes
+        ids_K = torch.arange(classes.start, classes.stop, classes.step) if isinstance(classes, range) else classes
         ids_K = ids_K.to(self.device)
         if ids_K.numel() and (int(ids_K.min()) < self.start or int(ids_K.max()) >= self.stop):
             raise ValueError(
                 f"rank {self.ranks.rank} owns the classes [{self.start}, {self.stop}), not all of {classes}"
             )
         rows_KD = rows_KD.to(self.device, self.dtype)
-        if not bool(torch.isfinite(rows_KD).all()) or (self.config.normalize and bool((rows_KD == 0).all(dim=1).any())):
+        if not bool(torch.isfinite(rows_KD).all()) or (
+            self.config.normalize and bool((rows_KD == 0).all(dim=-1).any())
+        ):
             raise ValueError("class rows must be finite and, for a normalised head, not zero")
-        self.w_CD[ids_K - self.start] = rows_KD
-        for tensor in self.state.values():
-            tensor[ids_K - self.start] = 0
+        local_K = self._rows_of(ids_K - self.start)
+        group = self.config.sub_centres
+        if rows_KD.ndim == 3:
+            rows_KD = rows_KD.flatten(0, 1)
+        elif group > 1:
+            rows_KD = rows_KD.repeat_interleave(group, dim=0)
+            noise = torch.Generator(self.device).manual_seed(self.seed)
+            length_K1 = torch.linalg.vector_norm(rows_KD, dim=1, keepdim=True) / self.dim**0.5
+            beside = torch.randn(rows_KD.shape, generator=noise, device=self.device, dtype=self.dtype)
+            rows_KD = rows_KD + 0.1 * length_K1 * beside
+        self.rows.set(local_K, rows_KD, self.steps)
+
+    def _rows_of(self, class_K: Tensor) -> Tensor:
+        """All rows of local classes."""
+        group = self.config.sub_centres
+        if group == 1:
+            return class_K
+        return (class_K[:, None] * group + torch.arange(group, device=class_K.device)).flatten()
 
     # --- training ---------------------------------------------------------------------------------------
 
@@ -140,15 +186,31 @@ class ShardedHead:
         Raises (on all ranks alike):
             DataError: a class id out of range, or a sample with weight and no positive; names rank and
                 sample.
-            FloatingPointError: embeddings or rows that are not finite.
+            NotFiniteError (a FloatingPointError): embeddings or rows that are not finite, a row of length zero;
+                nothing was changed.
         """
-        ids_BP = _class_ids(labels, len(emb_BD)).to(self.device)
+        if self._moved is not None and torch.is_grad_enabled():
+            raise RuntimeError("the rows of this optimizer step have moved already: call step before the next loss")
+        ids_BP, target_BP = class_ids(labels, len(emb_BD))
+        if target_BP is not None and not self.config.loss.soft:
+            raise DataError(f"loss {self.config.loss.kind} takes no soft labels. Use loss.kind soft_targets.")
         if weight_B is None:
             weight_B = torch.ones(len(emb_BD))
         x_BD = emb_BD.to(self.device, self.dtype)
         if self.config.normalize:
             x_BD = torch.nn.functional.normalize(x_BD, dim=1, eps=1e-6)
-        return _HeadLoss.apply(x_BD, self._anchor, self, ids_BP, weight_B.to(self.device))
+        targets = None if target_BP is None else target_BP.to(self.device)
+        args = (ids_BP.to(self.device), weight_B.to(self.device), targets)
+        return _HeadLoss.apply(x_BD, self._anchor, self, *args)
+
+    def begin_step(self, lr: float) -> None:
+        """Lets the backward pass of the coming loss move the rows with `lr`, instead of storing their gradient.
+
+        For optimizer steps of one loss whose gradient is neither accumulated, clipped nor scaled. `step` with the same
+        `lr` must follow the backward pass. With more than one loss differentiated together, or without a backward
+        pass, the step goes the ordinary way.
+        """
+        self._move_lr = lr
 
     def pending_sq_norm(self) -> Tensor:
         """Squared norm of the gradient of this rank's rows, a float64 scalar; sum it over the ranks."""
@@ -159,32 +221,45 @@ class ShardedHead:
 
     def pending_rows(self) -> tuple[Tensor, Tensor]:
         """Global class ids (U,) of the touched rows and their gradient (U, D), a view."""
-        grad_UD = self._pending.grad_UD
+        grad_UD = self._pending.grad_UD  # rows of sub-centres have the number of their row, not of their class
         if grad_UD is None:
             return torch.empty(0, dtype=torch.int64, device=self.device), self.w_CD[:0]
         local_U = self._pending.ids_U
         local_U = torch.arange(len(grad_UD), device=self.device) if local_U is None else local_U
-        return local_U + self.start, grad_UD
+        return local_U + self.start * self.config.sub_centres, grad_UD
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
-        """Moves the touched rows by their gradient times `scale` (clipping), clears it, counts the step."""
+        """Moves the touched rows by their gradient times `scale` (clipping), clears it, counts the step.
+
+        After a backward pass that moved the rows itself (`begin_step`), only counts. Raises RuntimeError for another
+        rate or scale than it moved them with.
+        """
+        rate = lr * self.config.lr_multiplier
+        if self._moved is not None and (self._moved != lr or scale != 1.0):
+            raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
-            rows_RD = self.w_CD[local]  # a view for a slice, a copy for ids
-            state = {name: tensor[local] for name, tensor in self.state.items()}
-            self.config.optimizer.update_(rows_RD, grad_RD, state, lr * self.config.lr_multiplier)
-            if isinstance(local, Tensor):
-                self.w_CD.index_copy_(0, local, rows_RD)
-                for name, tensor in self.state.items():
-                    tensor.index_copy_(0, local, state[name])
+            w_RD = self.rows.read(local, self._scratch, "rows")
+            self.rows.move(local, w_RD, grad_RD, rate, self.steps, self._scratch)
         self._pending.clear()
+        self._move_lr = self._moved = None
         self.steps += 1
+        if self.rows.lag and self.rows.lag.advance(rate):
+            self._catch_up()
 
     def zero_pending(self) -> None:
-        """Drops the collected gradient (a skipped step); `steps` stays."""
+        """Drops the collected gradient (a skipped step); `steps` stays. Rows that have moved stay moved."""
         self._pending.clear()
+        self._move_lr = self._moved = None
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        """Every row as a dense optimizer would have it now."""
+        self.rows.catch_up_all(self._scratch, self.steps)
+        if self.rows.lag:
+            self.rows.lag.reset(self.steps)
 
     # --- using the rows ---------------------------------------------------------------------------------
 
@@ -200,9 +275,12 @@ class ShardedHead:
         x_BD = emb_BD.to(self.device, self.dtype)
         if self.config.normalize:
             x_BD = torch.nn.functional.normalize(x_BD, dim=1, eps=1e-6)
+        self._catch_up()
         counts = [n for (n,) in self.ranks.gather_numbers([len(x_BD)], self.device)]
         x_ND = self.ranks.gather_rows(x_BD, counts)
-        scores_Nk, ids_Nk = topk_rows(x_ND, self.w_CD, k, self.start, normalize_rows=self.config.normalize)
+        group = self.config.sub_centres
+        found = topk_rows(x_ND, self.w_CD, k * group, self.start * group, normalize_rows=self.config.normalize)
+        scores_Nk, ids_Nk = found if group == 1 else _best_of_classes(*found, group, k)
         world, first = self.ranks.world, sum(counts[: self.ranks.rank])
         even = [len(x_ND)] * world
         mine = slice(first, first + len(x_BD))
@@ -214,111 +292,155 @@ class ShardedHead:
     # --- files ------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """This rank's rows and optimizer state by name, first axis C (views)."""
-        return {"rows": self.w_CD, **{f"{self.config.optimizer.kind}.{n}": t for n, t in self.state.items()}}
+        """This rank's rows and optimizer state by name, first axis C (views).
 
-    def save(self, folder: str | Path) -> dict[str, Any]:
-        """Writes own rows and optimizer state to one safetensors file; returns its {file, start, stop}."""
-        notes = {"num_classes": self.num_classes, "dim": self.dim, "seed": self.seed, "steps": self.steps}
-        return storage.save_range(folder, "head", self.state_tensors(), self.start, self.stop, notes)
-
-    def load(self, folder: str | Path, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Reads own classes from the files of `save`, written by any number of ranks.
-
-        Raises DataError for missing or doubled classes, missing files, other sizes or another row optimizer.
+        With sub-centres their axis is the second. Rows that were skipped have caught up.
         """
-        ordered = storage.check_cover(entries, self.num_classes, folder)
-        notes = storage.load_range(folder, ordered, self.state_tensors(), self.start, self.stop)
+        self._catch_up()
+        group = self.config.sub_centres
+        tensors = {"rows": self.w_CD, **{f"{self.config.optimizer.kind}.{n}": t for n, t in self.state.items()}}
+        return {name: t if group == 1 else t.view(-1, group, *t.shape[1:]) for name, t in tensors.items()}
+
+    def notes(self) -> dict[str, Any]:
+        """What a saved head needs besides its tensors, as JSON values; equal on each rank."""
+        config = self.config
+        return {
+            "dim": self.dim,
+            "seed": self.seed,
+            "steps": self.steps,
+            "block_rows": config.block_rows,
+            "init_std": config.init_std,
+            "normalize": config.normalize,
+            "optimizer": config.optimizer.kind,
+        }
+
+    def take_notes(self, notes: Mapping[str, Any]) -> None:
+        """Goes on from a saved head's `notes`, after own rows and their state were replaced."""
         self.steps = int(notes["steps"])
-        self._pending.clear()
+        self.rows.replaced(self.steps)
+        self.zero_pending()
         self._drawn = None
 
-    def export_rows(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Writes own rows alone, unit length if the head normalises, to `rows-<start>-<stop>.safetensors`."""
-        rows_CD = torch.empty(self.w_CD.shape, dtype=dtype)
-        for lo in range(0, len(rows_CD), ROWS_AT_ONCE):
-            part = self.w_CD[lo : lo + ROWS_AT_ONCE]
-            rows_CD[lo : lo + ROWS_AT_ONCE] = torch.nn.functional.normalize(part) if self.config.normalize else part
-        notes = {"num_classes": self.num_classes, "dim": self.dim, "normalized": self.config.normalize}
-        return storage.save_range(folder, "rows", {"rows": rows_CD}, self.start, self.stop, notes)
+    def save(self, folder: str | Path) -> dict[str, Any]:
+        """Writes own rows and optimizer state; returns this rank's part of the index (`saving.HeadSave`)."""
+        return saving.HeadSave(self, folder).write()
+
+    def begin_save(self, folder: str | Path, memory_bytes: int) -> saving.HeadSave:
+        """Takes a snapshot now, which a thread can write while training goes on (`saving.HeadSave`)."""
+        return saving.HeadSave(self, folder, memory_bytes)
+
+    def load(self, folder: str | Path) -> None:
+        """Reads own classes from a head saved by any number of ranks (`saving.load_head`)."""
+        saving.load_head(self, folder)
+
+    def export_rows(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+        """Writes own rows alone, unit length if the head normalises (`saving.export_rows`)."""
+        return saving.export_rows(self, folder, dtype)
 
     # --- parts of the loss ------------------------------------------------------------------------------
 
-    def _gather(self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor) -> GlobalBatch:
-        """The batch of all ranks: sizes first, so that they may differ."""
-        sizes = self.ranks.gather_numbers([len(x_BD), ids_BP.shape[1]], self.device)
-        counts = [count for count, _ in sizes]
-        width = max(positives for _, positives in sizes)
-        # ids and weights travel together; the weight's bits ride along as one more integer column
-        packed = ids_BP.new_full((len(x_BD), width + 1), -1)
-        packed[:, : ids_BP.shape[1]] = ids_BP
-        packed[:, width] = weight_B.to(torch.float64).view(torch.int64)
-        packed = self.ranks.gather_rows(packed, counts)
-        lo = sum(counts[: self.ranks.rank])
-        weight_N = packed[:, width].contiguous().view(torch.float64).to(self.dtype)
-        batch = GlobalBatch(self.ranks.gather_rows(x_BD, counts), packed[:, :width], weight_N, lo, lo + len(x_BD))
-        self._check(batch, counts)
-        return batch
-
-    def _check(self, batch: GlobalBatch, counts: Sequence[int]) -> None:
-        """Every rank sees the whole batch, so every rank raises."""
-        if not len(batch.x_ND):
-            return
-        ids_NP, used_N = batch.ids_NP, batch.weight_N > 0
-        if not bool(torch.isfinite(batch.x_ND).all()):
-            bad = (~torch.isfinite(batch.x_ND).all(dim=1)).nonzero()[:, 0]
-            raise FloatingPointError(f"the embedding of {_where(int(bad[0]), counts)} holds NaN or infinite values")
-        if not bool((batch.weight_N >= 0).all()) or not bool(torch.isfinite(batch.weight_N).all()):
-            bad = (~((batch.weight_N >= 0) & torch.isfinite(batch.weight_N))).nonzero()[:, 0]
-            raise DataError(f"the weight of {_where(int(bad[0]), counts)} is negative or not a number.")
-        if ids_NP.numel() and (int(ids_NP.max()) >= self.num_classes or int(ids_NP.min()) < -1):
-            row, column = ((ids_NP >= self.num_classes) | (ids_NP < -1)).nonzero()[0].tolist()
-            raise DataError(
-                f"label {int(ids_NP[row, column])} of {_where(row, counts)} is out of range: class ids run "
-                f"from 0 to {self.num_classes - 1} (-1 pads)."
-            )
-        empty_N = used_N & ~(ids_NP >= 0).any(dim=1)
-        if bool(empty_N.any()):
-            raise DataError(
-                f"{_where(int(empty_N.nonzero()[0]), counts)} has no positive class. Drop such "
-                "samples or give them weight 0."
-            )
-
-    def _own_pairs(self, batch: GlobalBatch) -> tuple[Pairs, StepRows]:
-        """Own positives of samples with weight, and the rows that take part: the drawn ones and these."""
+    def _begin(
+        self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor, target_BP: Tensor | None, for_backward: bool
+    ) -> tuple[Tensor, HeadPass]:
+        same = {
+            "the number of classes": self.num_classes,
+            "the embedding size": self.dim,
+            "the seed": self.seed,
+            "the number of optimizer steps": self.steps,
+        }
+        batch, counts = gather_batch(self.ranks, x_BD, ids_BP, weight_B, target_BP, same)
+        check_batch(batch, counts, self.num_classes)
+        self.rows.refresh()
         own_NP = (batch.ids_NP >= self.start) & (batch.ids_NP < self.stop) & (batch.weight_N > 0)[:, None]
         sample_K, column_K = own_NP.nonzero(as_tuple=True)
-        local_K = batch.ids_NP[sample_K, column_K] - self.start
-        drawn_S = self._drawn_rows()
-        ids_S = None if drawn_S is None else torch.unique(torch.cat([drawn_S, local_K]))
-        rows = StepRows(self.w_CD, ids_S, self.config.normalize, self._scratch)
-        at_K, order_K = torch.sort(rows.locate(local_K))
-        return Pairs(sample_K[order_K], column_K[order_K], at_K), rows
+        class_K = batch.ids_NP[sample_K, column_K] - self.start
+        rows, weight_S = self._plan(batch.x_ND, sample_K, class_K)
+        row_K = class_K * self.config.sub_centres
+        at_K, order_K = torch.sort(rows.locate(row_K))
+        pairs = Pairs(sample_K[order_K], column_K[order_K], at_K, row_K[order_K])
+        args = (batch, pairs, self._use_max, self._scratch, self.steps)
+        work = HeadPass(self.config, self.rows, rows, weight_S, *args)
+        with _matmul_precision(self.config.matmul):
+            value = work.forward(self.ranks, for_backward)
+        if for_backward:
+            self._open.add(work)
+        return value, work
 
-    def _drawn_rows(self) -> Tensor | None:
-        """Own rows drawn for the coming optimizer step; None for all."""
-        if self.config.sample_rate >= 1:
-            return None
+    def _plan(self, x_ND: Tensor, sample_K: Tensor, class_K: Tensor) -> tuple[plan.StepPlan, Tensor | None]:
+        """The rows that take part (the drawn ones and own positives) and their weights as negatives."""
+        config, classes = self.config, self.stop - self.start
+        group, kind = config.sub_centres, config.sampling
+        if config.sample_rate >= 1:
+            return plan.everything(len(self.rows)), None
         if self._drawn is None or self._drawn[0] != self.steps:
-            classes = sampling.sampled_classes(self.num_classes, self.config.sample_rate, self.seed, self.steps)
-            lo, hi = torch.searchsorted(classes, torch.tensor([self.start, self.stop])).tolist()
-            self._drawn = (self.steps, (classes[lo:hi] - self.start).to(self.device))
-        return self._drawn[1]
+            self._drawn = (self.steps, self._draw())
+        drawn = self._drawn[1]
+        sure_C = class_K  # classes that take part for certain
+        if isinstance(kind, plan.BlockSampling):
+            sections = plan.of_blocks(drawn, class_K, classes)
+        else:
+            parts = [drawn, class_K]
+            if self._screen is not None:
+                hard_S = self._screen.hardest(self.ranks, x_ND, sample_K, class_K, self._hard_count, group)
+                sure_C = torch.cat([class_K, hard_S])
+                parts.append(hard_S)
+            sections = plan.of_rows(torch.unique(torch.cat(parts)), classes)
+        scaled = plan.of_groups(sections, group, len(self.rows))
+        if not config.importance:
+            return scaled, None
+        weight_S = x_ND.new_full((sections.total,), self.num_classes / max(1, self._uniform_count))
+        weight_S[sections.locate(sure_C)] = 1.0
+        return scaled, weight_S.repeat_interleave(group)
 
-    def _begin(self, x_BD: Tensor, ids_BP: Tensor, weight_B: Tensor, for_backward: bool) -> tuple[Tensor, HeadPass]:
-        batch = self._gather(x_BD, ids_BP, weight_B)
-        pairs, rows = self._own_pairs(batch)
-        work = HeadPass(self.config, self.w_CD, rows, batch, pairs, self._use_max, self._scratch)
-        return work.forward(self.ranks, for_backward), work
+    @property
+    def _hard_count(self) -> int:
+        """Hard classes of a step, over all ranks."""
+        kind = self.config.sampling
+        count = round(self.config.sample_rate * self.num_classes)
+        return max(1, round(kind.share * count)) if isinstance(kind, plan.HardSampling) else 0
+
+    @property
+    def _uniform_count(self) -> int:
+        """Uniformly drawn classes of a step, over all ranks."""
+        return max(1, round(self.config.sample_rate * self.num_classes)) - self._hard_count
+
+    def _draw(self) -> Any:
+        """What (seed, step) draws of own classes: local ids, or slices for block sampling."""
+        config = self.config
+        if isinstance(config.sampling, plan.BlockSampling):
+            shape = (self.num_classes, config.block_rows, config.sampling.stride, config.sample_rate)
+            return plan.drawn_blocks(*shape, self.seed, self.steps, self.start, self.stop)
+        if self._uniform_count < 1:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        rate = self._uniform_count / self.num_classes
+        classes = sampling.sampled_classes(self.num_classes, rate, self.seed, self.steps)
+        lo, hi = torch.searchsorted(classes, torch.tensor([self.start, self.stop])).tolist()
+        return (classes[lo:hi] - self.start).to(self.device)
 
     def _end(self, work: HeadPass, grad_value: Tensor) -> Tensor:
-        return work.backward(grad_value.to(self.dtype), self._pending).mul_(self.grad_scale)
+        factor = float(grad_value)
+        alone = len(self._open) == 1 and self._pending.grad_UD is None and self._moved is None
+        move = None
+        if self._move_lr is not None and alone and factor == 1.0 and self.loss_scale == 1.0:
+            move = Move(self._move_lr * self.config.lr_multiplier, self.steps)
+            self._moved = self._move_lr
+        self._open.discard(work)
+        with _matmul_precision(self.config.matmul):
+            return work.backward(factor / self.loss_scale, self._pending, move).mul_(self.grad_scale * factor)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, anchor: Tensor, head: ShardedHead, ids_BP: Tensor, weight_B: Tensor) -> Tensor:
-        value, work = head._begin(x_BD.detach(), ids_BP, weight_B, ctx.needs_input_grad[1])
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        anchor: Tensor,
+        head: ShardedHead,
+        ids_BP: Tensor,
+        weight_B: Tensor,
+        target_BP: Tensor | None,
+    ) -> Tensor:
+        value, work = head._begin(x_BD.detach(), ids_BP, weight_B, target_BP, ctx.needs_input_grad[1])
         ctx.head, ctx.work = head, work
         return value
 
@@ -329,29 +451,34 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("the head's loss was already differentiated once")
         grad_BD = ctx.head._end(ctx.work, grad_value)
         ctx.work = None
-        return grad_BD, None, None, None, None
+        return grad_BD, None, None, None, None, None
 
 
-def _class_ids(labels: HasIds | Tensor, count: int) -> Tensor:
-    """(B, P) int64 ids from Labels or a tensor."""
-    if isinstance(labels, Tensor):
-        ids = labels
-    else:
-        if labels.form not in ("single", "multi"):
-            raise DataError(f"a sharded head trains on labels of form single or multi, not {labels.form}.")
-        ids = labels.ids_BP
-    ids = ids[:, None] if ids.ndim == 1 else ids
-    if ids.dtype != torch.int64:
-        raise TypeError(f"class ids must be int64 (narrower types lose large ids), got {ids.dtype}")
-    if ids.ndim != 2 or len(ids) != count:
-        raise ValueError(f"class ids of shape {tuple(ids.shape)} don't fit {count} embeddings")
-    return ids
+def _best_of_classes(scores_Nm: Tensor, rows_Nm: Tensor, group: int, k: int) -> tuple[Tensor, Tensor]:
+    """The best k classes from the best k * group rows: every class by its best sub-centre."""
+    class_Nm = torch.where(rows_Nm < 0, -1, torch.div(rows_Nm, group, rounding_mode="floor"))
+    # rows come best first: by class, stably, the first of each is its best
+    order_Nm = torch.sort(class_Nm, dim=1, stable=True).indices
+    class_Nm, scores_Nm = class_Nm.gather(1, order_Nm), scores_Nm.gather(1, order_Nm)
+    again_Nm = torch.zeros_like(class_Nm, dtype=torch.bool)
+    again_Nm[:, 1:] = class_Nm[:, 1:] == class_Nm[:, :-1]
+    scores_Nm = scores_Nm.masked_fill(again_Nm | (class_Nm < 0), -torch.inf)
+    return merge_topk(scores_Nm, class_Nm, k)
 
 
-def _where(index: int, counts: Sequence[int]) -> str:
-    """`sample 3 of rank 1's batch`."""
-    rank = 0
-    while index >= counts[rank]:
-        index -= counts[rank]
-        rank += 1
-    return f"sample {index} of rank {rank}'s batch"
+@contextmanager
+def _matmul_precision(kind: str) -> Iterator[None]:
+    """Precision of what is multiplied, for the head's own products only."""
+    if kind == "fp32":
+        yield
+        return
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lag behind
+    backends = (mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend, name in zip(backends, ("bf16", "tf32"), strict=True):
+            backend.fp32_precision = name
+        yield
+    finally:
+        for backend, name in zip(backends, before, strict=True):
+            backend.fp32_precision = name

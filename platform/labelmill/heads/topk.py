@@ -1,17 +1,20 @@
 """The k best classes of each query over many rows, chunk by chunk; imports nothing but torch.
 
-A chunk of scores is first compared with each query's k-th best so far: after the first chunks few queries
-have anything to gain, so a chunk costs one matrix product and one pass for its maxima.
+A chunk of scores is first compared with each query's k-th best so far; what is better waits beside the best until
+there are many to sort. So nearly all the work is the matrix product and one pass for its maxima, and no more than one
+chunk of scores exists.
 
-Shape legend: Q queries, R rows (classes), D embedding size, k results.
+Shape legend: Q queries, q those of a tile, g those with something to gain, R rows (classes), D embedding size, k
+results, m candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-ROWS_A_CHUNK = 1024
 QUERIES_A_TILE = 1024
 
 
@@ -26,7 +29,7 @@ def topk_rows(
         queries_QD: floating; its dtype is that of the scores.
         rows_RD: any floating dtype; cast chunk by chunk.
         offset: class id of the first row.
-        normalize_rows: divide each row by its length (rows that are not stored as unit vectors).
+        normalize_rows: divide by each row's length (rows that are not stored as unit vectors).
 
     Raises:
         ValueError: k < 1.
@@ -34,19 +37,35 @@ def topk_rows(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    best = [_Best(tile_qD, k) for tile_qD in queries_QD.split(QUERIES_A_TILE)]
+    for first, chunk_RD, scale_R in row_chunks(queries_QD, rows_RD, normalize_rows):
+        for tile in best:
+            scores_qR = tile.queries_qD @ chunk_RD.t()
+            tile.add(scores_qR if scale_R is None else scores_qR.mul_(scale_R), offset + first)
+    for tile in best:
+        tile.settle()
+    if not best:
+        return queries_QD.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries_QD.device)
+    return torch.cat([tile.scores_qm[:, :k] for tile in best]), torch.cat([tile.ids_qm[:, :k] for tile in best])
+
+
+def row_chunks(
+    queries_QD: Tensor, rows_RD: Tensor, normalize_rows: bool = False, multiple: int = 1
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(first row, rows of the queries' dtype, factor of their scores) of each chunk, of a multiple of so many rows.
+
+    Raises FloatingPointError for queries that are not finite.
+    """
     if not bool(torch.isfinite(queries_QD).all()):
         raise FloatingPointError("queries hold NaN or infinite values")
-    scores_Qk = queries_QD.new_full((queries_QD.shape[0], k), -torch.inf)
-    ids_Qk = torch.full_like(scores_Qk, -1, dtype=torch.int64)
-    for first in range(0, rows_RD.shape[0], ROWS_A_CHUNK):
-        chunk_RD = rows_RD[first : first + ROWS_A_CHUNK].to(queries_QD.dtype)
+    # about 1024 rows keep the product in cache; few queries take more, or calls would outweigh the work
+    step = -(-max(1024, min(8192, 2**17 // max(1, len(queries_QD)))) // multiple) * multiple
+    for first in range(0, rows_RD.shape[0], step):
+        chunk_RD = rows_RD[first : first + step].to(queries_QD.dtype)
+        scale_R = None
         if normalize_rows:
-            chunk_RD = torch.nn.functional.normalize(chunk_RD, dim=1)
-        for lo in range(0, queries_QD.shape[0], QUERIES_A_TILE):
-            tile = slice(lo, lo + QUERIES_A_TILE)
-            new_qR = queries_QD[tile] @ chunk_RD.t()
-            _keep_best(scores_Qk[tile], ids_Qk[tile], new_qR, offset + first)
-    return scores_Qk, ids_Qk
+            scale_R = torch.linalg.vector_norm(chunk_RD, dim=1).clamp_min_(1e-12).reciprocal_()
+        yield first, chunk_RD, scale_R
 
 
 def merge_topk(scores_Qm: Tensor, ids_Qm: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -55,26 +74,67 @@ def merge_topk(scores_Qm: Tensor, ids_Qm: Tensor, k: int) -> tuple[Tensor, Tenso
     return scores_Qm.gather(1, order_Qk), ids_Qm.gather(1, order_Qk)
 
 
-def _keep_best(scores_qk: Tensor, ids_qk: Tensor, new_qR: Tensor, offset: int) -> None:
-    """Merges a chunk of scores into the running best, in place. Chunks come in the order of class ids."""
-    k = scores_qk.shape[1]
-    # strictly better only: an equal score of a later class never displaces an earlier one
-    gain_g = (new_qR.amax(dim=1) > scores_qk[:, -1]).nonzero()[:, 0]
-    if not gain_g.numel():
-        return
-    new_gR = new_qR if gain_g.numel() == new_qR.shape[0] else new_qR[gain_g]
-    better_gR = new_gR > scores_qk[gain_g, -1:]
-    most = int(better_gR.sum(dim=1).max())
-    if most > 4 * k + 16:  # the first chunk, or scores that rise with the id: raise the threshold first
-        better_gR &= new_gR >= new_gR.topk(min(k, new_gR.shape[1]), dim=1).values[:, -1:]
-        most = int(better_gR.sum(dim=1).max())
-    row, column = better_gR.nonzero(as_tuple=True)  # by query, then by class id
-    start_g = torch.searchsorted(row, torch.arange(gain_g.numel(), device=row.device))
-    place = torch.arange(row.numel(), device=row.device) - start_g[row]
-    found_gm = new_gR.new_full((gain_g.numel(), most), -torch.inf)
-    found_gm[row, place] = new_gR[row, column]
-    which_gm = torch.full_like(found_gm, -1, dtype=torch.int64)
-    which_gm[row, place] = column + offset
-    scores_qk[gain_g], ids_qk[gain_g] = merge_topk(
-        torch.cat([scores_qk[gain_g], found_gm], dim=1), torch.cat([ids_qk[gain_g], which_gm], dim=1), k
-    )
+class _Best:
+    """The best k of a tile of queries so far, in order, and behind them candidates by class id."""
+
+    def __init__(self, queries_qD: Tensor, k: int) -> None:
+        self.queries_qD, self.k = queries_qD, k
+        self.width = 3 * k + 32
+        self.scores_qm = queries_qD.new_full((len(queries_qD), self.width), -torch.inf)
+        self.ids_qm = torch.full_like(self.scores_qm, -1, dtype=torch.int64)
+        self.count_q = torch.full((len(queries_qD),), k, device=queries_qD.device)
+
+    def settle(self) -> None:
+        """Sorts the candidates in."""
+        row_g = (self.count_q > self.k).nonzero()[:, 0]
+        if row_g.numel():
+            scores_gk, ids_gk = merge_topk(self.scores_qm[row_g], self.ids_qm[row_g], self.k)
+            self._put(row_g, scores_gk, ids_gk)
+
+    def _put(self, row_g: Tensor, scores_gk: Tensor, ids_gk: Tensor) -> None:
+        self.scores_qm[row_g, : self.k] = scores_gk
+        self.ids_qm[row_g, : self.k] = ids_gk
+        self.scores_qm[row_g, self.k :] = -torch.inf
+        self.count_q[row_g] = self.k
+
+    def add(self, new_qR: Tensor, offset: int) -> None:
+        """Takes a chunk of scores; `offset` is its first class. Chunks come in the order of class ids."""
+        # strictly better only: an equal score of a later class never displaces an earlier one
+        gain_g = (new_qR.amax(dim=1) > self.scores_qm[:, self.k - 1]).nonzero()[:, 0]
+        if not gain_g.numel():
+            return
+        new_gR = new_qR if gain_g.numel() == new_qR.shape[0] else new_qR[gain_g]
+        better_gR = new_gR > self.scores_qm[gain_g, self.k - 1, None]
+        more_g = better_gR.sum(dim=1)
+        if bool((self.count_q[gain_g] + more_g > self.width).any()):
+            self.settle()
+            better_gR &= new_gR > self.scores_qm[gain_g, self.k - 1, None]
+            more_g = better_gR.sum(dim=1)
+            if int(more_g.max()) > self.width - self.k:  # the first chunk, or scores that rise with the id
+                better_gR &= new_gR >= new_gR.topk(min(self.k, new_gR.shape[1]), dim=1).values[:, -1:]
+                self._merge(gain_g, new_gR, better_gR, offset)
+                return
+        row, column = better_gR.nonzero(as_tuple=True)  # by query, then by class id
+        place = self.count_q[gain_g][row] + _place_in_group(row, more_g)
+        self.scores_qm[gain_g[row], place] = new_gR[row, column]
+        self.ids_qm[gain_g[row], place] = column + offset
+        self.count_q[gain_g] += more_g
+
+    def _merge(self, gain_g: Tensor, new_gR: Tensor, better_gR: Tensor, offset: int) -> None:
+        """Sorts any number of candidates in at once."""
+        row, column = better_gR.nonzero(as_tuple=True)
+        more_g = better_gR.sum(dim=1)
+        place = _place_in_group(row, more_g)
+        found_gm = new_gR.new_full((gain_g.numel(), int(more_g.max())), -torch.inf)
+        found_gm[row, place] = new_gR[row, column]
+        which_gm = torch.full_like(found_gm, -1, dtype=torch.int64)
+        which_gm[row, place] = column + offset
+        scores_gm = torch.cat([self.scores_qm[gain_g, : self.k], found_gm], dim=1)
+        ids_gm = torch.cat([self.ids_qm[gain_g, : self.k], which_gm], dim=1)
+        self._put(gain_g, *merge_topk(scores_gm, ids_gm, self.k))
+
+
+def _place_in_group(row: Tensor, count_g: Tensor) -> Tensor:
+    """0, 1, ... within each run of equal `row`, which ascends."""
+    start_g = count_g.cumsum(0) - count_g
+    return torch.arange(row.numel(), device=row.device) - start_g[row]

@@ -26,10 +26,17 @@ class TrainConfig(StrictModel):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linearly rising rate")
     max_grad_norm: float | None = Field(None, gt=0, description="global norm over dense modules and heads together")
+    max_skipped_steps: int = Field(
+        0, ge=0, description="optimizer steps that may be left out because a loss or an embedding was NaN or infinite"
+    )
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_async: bool = Field(True, description="checkpoints are written while training goes on")
+    checkpoint_memory_mb: float = Field(
+        256.0, gt=0, description="class rows kept for an unfinished checkpoint, MiB a worker and head"
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between two metric records")
 
     @model_validator(mode="after")

@@ -87,10 +87,47 @@ class Engine:
         """The batch where and how the dense modules want it."""
         return batch.to(self.device, self.dtype if self.dtype != torch.float32 else None)
 
+    def begin(self, rate: float) -> None:
+        """Announces an optimizer step and its learning rate.
+
+        Where nothing happens to a head's gradient between its backward pass and the step (no accumulation, no clipping),
+        its rows then move chunk by chunk in the backward pass. Optional: without it rows move in `step`.
+        """
+        if self.config.accumulation == 1 and self.config.max_grad_norm is None:
+            for head in self.objective.heads.values():
+                head.begin_step(rate)
+
     def forward(self, batch: Batch) -> Losses:
-        """The loss of a micro batch."""
+        """The loss of a micro batch. Raises NotFiniteError, on all ranks alike, for embeddings that are not finite."""
         total, parts = self._engine(batch)
         return Losses(total, parts)
+
+    def all_finite(self, loss: Tensor) -> bool:
+        """Whether the loss is finite on every rank. Collective."""
+        good = torch.isfinite(loss.detach()).to(device=self.device, dtype=torch.float32).reshape(1)
+        if self.world > 1:
+            dist.all_reduce(good, op=dist.ReduceOp.MIN)
+        return bool(good)
+
+    def skip(self) -> None:
+        """Leaves the optimizer step out: drops what its micro batches gathered. Weights, rows and counters stay."""
+        for head in self.objective.heads.values():
+            head.zero_pending()
+        engine, zero = self._engine, self._engine.optimizer
+        engine.zero_grad()
+        zero.zero_grad()
+        if self.config.zero_stage in (1, 2):
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+            for group in zero.all_grad_tensors:
+                zero.all_grad_tensors[group] = None
+            for group in zero.bit16_groups:
+                for parameter in group:
+                    parameter.grad_accum = None
+        # the next micro batch is the first of a step again
+        engine.micro_steps -= engine.micro_steps % self.config.accumulation
+        if self.config.zero_stage in (1, 2):
+            zero.micro_step_id = -1
 
     def backward(self, losses: Losses) -> None:
         """Accumulates gradients of dense modules and head rows; the engine divides by the accumulation steps."""

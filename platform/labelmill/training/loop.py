@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 
 from labelmill.data.stream import Batch
+from labelmill.heads.batch import NotFiniteError as HeadNotFiniteError
 from labelmill.training.checkpoint import Position
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine
 from labelmill.training.events import Sink
+from labelmill.training.objective import Losses
 
 PARTS = ("wait for data", "forward", "backward", "update")
 """What a step's seconds are spent on; the sharded head's logits and gradients are part of `forward`."""
 
 
 class NotFiniteError(FloatingPointError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite, in more steps than the job allows."""
 
 
 def train(
@@ -30,7 +32,7 @@ def train(
     start: Position,
     total_steps: int,
     sink: Sink | None,
-    checkpoint: Callable[[Position], None],
+    checkpoint: Callable[[Position], object],
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
 
@@ -54,26 +56,39 @@ def train(
         seconds[part] += now - clock
         clock = now
 
+    skipped = 0
     for step in range(start.step, total_steps):
         rate = config.rate(step, total_steps)
         loss, parts, norm = 0.0, dict[str, float](), math.nan
+        engine.begin(rate)
+        problem = ""
         for _ in range(config.accumulation):
             batch = engine.to_device(next(batches))
             spent("wait for data")
-            losses = engine.forward(batch)
+            if problem:  # the rest of a step that is left out
+                continue
+            losses, problem = _forward(engine, batch)
+            spent("forward")
+            if losses is None:
+                continue
             loss += float(losses.total.detach()) / config.accumulation
             for name, value in losses.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach()) / config.accumulation
-            spent("forward")
-            if not math.isfinite(loss):
-                raise NotFiniteError(
-                    f"step {step + 1}: the loss is {loss}. Lower train.learning_rate, or set train.max_grad_norm."
-                )
             engine.backward(losses)
             spent("backward")
             result = engine.step(rate)
             norm = norm if result is None else result
             spent("update")
+        if problem:
+            engine.skip()
+            skipped += 1
+            loss, parts = math.nan, dict.fromkeys(parts, math.nan)
+            if skipped > config.max_skipped_steps:
+                raise NotFiniteError(
+                    f"step {step + 1}: {problem}. {skipped - 1} steps were left out for that before; "
+                    f"train.max_skipped_steps is {config.max_skipped_steps}. Lower train.learning_rate, or set "
+                    "train.max_grad_norm."
+                )
         position = Position(step + 1, start.cursor + (step + 1 - start.step) * config.global_batch, start.stream)
         window_steps += 1
 
@@ -86,6 +101,8 @@ def train(
             if math.isfinite(norm):
                 values["train/grad_norm"] = norm
             values["train/samples_per_second"] = window_steps * config.global_batch / elapsed
+            if skipped:
+                values["train/skipped_steps"] = skipped
             values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()}
             sink.post(kind="metrics", step=step + 1, values=values)
             sink.post(
@@ -101,6 +118,17 @@ def train(
             checkpoint(position)
             clock = time.perf_counter()
     return position
+
+
+def _forward(engine: Engine, batch: Batch) -> tuple[Losses | None, str]:
+    """The losses of a micro batch; without them, on every rank alike, what isn't finite."""
+    try:
+        losses = engine.forward(batch)
+    except HeadNotFiniteError as error:
+        return None, str(error)
+    if engine.all_finite(losses.total):
+        return losses, ""
+    return None, f"the loss is {float(losses.total.detach())}"
 
 
 def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

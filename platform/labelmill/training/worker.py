@@ -25,13 +25,13 @@ from labelmill.data.spec import AnySpec
 from labelmill.data.stream import RankStream
 from labelmill.errors import DataError
 from labelmill.training.checkpoint import (
+    Checkpointer,
     Position,
     gather,
     latest_checkpoint,
     read_dense,
     read_index,
     restore,
-    save_checkpoint,
 )
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
@@ -120,15 +120,26 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         )
         stream = open_stream(spec, streams, objective, rank, world, sink, task.augment, task.threads)
         batches = iter(stream)
-        position = train(
-            engine,
-            batches,
-            task.config,
-            position,
-            task.total_steps,
-            HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
-            lambda at: _save(checkpoints, engine, at, task.config.keep_checkpoints),
+        config = task.config
+        saver = Checkpointer(
+            checkpoints,
+            config.keep_checkpoints,
+            config.checkpoint_async,
+            int(config.checkpoint_memory_mb * 2**20),
         )
+        try:
+            position = train(
+                engine,
+                batches,
+                config,
+                position,
+                task.total_steps,
+                HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
+                lambda at: saver.save(engine, at),
+            )
+            saver.finish()
+        finally:
+            saver.close()
         batches.close()
         _post_reading(stream, rank, sink)
     lap("train")
@@ -144,10 +155,6 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         _write_predictions(task.work / "predictions" / name, columns, rank)
         lap(f"predict {name}")
     return timing
-
-
-def _save(root: Path, engine: Engine, position: Position, keep: int) -> None:
-    save_checkpoint(root, engine, position, keep)
 
 
 def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress) -> Position:
@@ -222,7 +229,7 @@ def _export(task: FitTask, engine: Engine, rank: int) -> None:
     dense = engine.dense_state()
     dist.barrier()
     heads = {
-        name: gather(head.export_rows(part / f"head-{name}", task.rows_dtype))
+        name: [entry for own in gather(head.export_rows(part / f"head-{name}", task.rows_dtype)) for entry in own]
         for name, head in engine.objective.heads.items()
     }
     if rank == 0:

@@ -47,7 +47,7 @@ class StreamConfig(StrictModel):
     decode: DecodePlace = Field("auto", description="images: in tasks, or late in threads of the rank (auto: JPEG)")
     image_decoder: str = Field("", description="an installed decoder for the ranks' images, e.g. on a GPU; empty: ours")
     decode_threads: int = Field(0, ge=0, description="a rank's threads that decode and prepare; 0: its CPUs")
-    prefetch_mb: float = Field(256.0, gt=0, description="object-store memory for blocks that are read ahead, MiB")
+    prefetch_mb: float = Field(128.0, gt=0, description="object-store memory for blocks that are read ahead, MiB")
     readers: int = Field(2, ge=1, description="windows read at once")
     cache: CacheConfig | None = Field(None, description="keep local copies of shards that come from an object store")
     select: SelectionConfig | None = Field(None, description="training samples that take part, and how often")

@@ -51,7 +51,10 @@ class Feed:
         remote: Any = ray.remote
         options = {"num_cpus": read_cpus, "max_retries": 5, "scheduling_strategy": "SPREAD"}
         self._read = remote(num_returns="streaming", _generator_backpressure_num_objects=ahead, **options)(_read_task)
-        self._decode = remote(**options)(decode_block) if spec.decodes_in_task else None
+        self._decode: Any = remote(**options)(decode_block) if spec.decodes_in_task else None
+        # decoding keeps a core busy: more tasks than cores would only take memory, each has a process
+        self._cores = max(2, int(ray.cluster_resources().get("CPU", 2)))
+        self._decoding: collections.deque[Any] = collections.deque()
         self._changed = threading.Condition()
         self._run = 0  # counts launches; a thread of an older one ends
         self._live: collections.deque[tuple[WindowRead, Any]] = collections.deque()
@@ -76,6 +79,7 @@ class Feed:
             with contextlib.suppress(Exception):
                 ray.cancel(blocks)
         self._live = collections.deque()
+        self._decoding = collections.deque()
 
     # --- the reading side ---
 
@@ -103,8 +107,7 @@ class Feed:
         for ref in blocks:
             stop = min(at + read.block_rows, read.stop)
             if self._decode is not None:
-                spec = self._spec
-                ref = self._decode.remote(ref, spec.field, spec.image_size, spec.channels)
+                ref = self._decoded(ref)
             with self._changed:
                 if self._run != run:
                     return False
@@ -120,6 +123,17 @@ class Feed:
                 f"data set {self._spec.name!r}: reading stopped at position {at}; see the error before this."
             )
         return True
+
+    def _decoded(self, ref: Any) -> Any:
+        """A block on its way through a decoding task; waits while as many are under way as there are cores."""
+        import ray
+
+        if len(self._decoding) >= self._cores:
+            ray.wait([self._decoding.popleft()], fetch_local=False)
+        spec = self._spec
+        done = self._decode.remote(ref, spec.field, spec.image_size, spec.channels)
+        self._decoding.append(done)
+        return done
 
     def _has_room(self) -> bool:
         return self._have - min(self._done) < self._room or self._have < self._demand

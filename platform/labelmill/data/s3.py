@@ -60,6 +60,7 @@ class Connection:
         virtual: the bucket goes into the host name.
         signed: False for anonymous access.
         answered: the endpoint has answered once.
+        fast: one request at a time is enough for large objects, by the last one seen.
     """
 
     client: Any
@@ -71,6 +72,7 @@ class Connection:
     virtual: bool
     signed: bool
     answered: bool = False
+    fast: bool = False
     _arrow: dict[tuple[Any, ...], fs.S3FileSystem] = field(default_factory=dict)
 
     def frozen_credentials(self) -> tuple[str | None, str | None, str | None]:

@@ -19,10 +19,13 @@ import pyarrow as pa
 from labelmill.data.s3 import BadBody, Connection, StoreError, attempts, read_timeout, split
 
 PARALLEL_FROM = 32 << 20
-"""Longer reads are made of several ranges side by side: one connection to a far store is slow."""
+"""Longer reads are made of several ranges side by side, unless one connection is fast enough: to a far store one
+is slow, to a near one several cost CPU for nothing (ci/bench/store_read.py)."""
 PART = 16 << 20
 THREADS = 4
-_PIECE = 1 << 17  # bytes taken from the socket at once; they stay in the cache while they are copied
+_FAST = 200e6  # bytes/s of one connection from which it is fast enough
+_WHOLE = 1 << 40  # end of a range that means: to the end
+_PIECE = 1 << 18  # bytes taken from the socket at once; they stay in the cache while they are copied
 _SLOWEST = 1 << 16  # bytes/s below which an attempt is given up
 
 
@@ -65,54 +68,62 @@ def read(uri: str, offset: int = 0, length: int | None = None, or_less: bool = F
 
 
 def _read(uri: str, start: int, stop: int | None, or_less: bool) -> pa.Buffer:
-    whole = stop is not None and stop - start <= PARALLEL_FROM
-    first_stop = stop if whole else start + PART
-    assert first_stop is not None
+    length = None if stop is None else stop - start
 
-    def first(connection: Connection) -> tuple[pa.Buffer, int, int, str]:
-        reply = _open(connection, uri, start, first_stop, whole=stop is None)
-        with _closing(reply.body):
-            end = reply.total if stop is None else min(stop, reply.total)
+    def begin(connection: Connection) -> tuple[_Reply, int, int]:
+        """The first part's answer, the length of parts, and where the read ends."""
+        alone = connection.fast or (length is not None and length <= PARALLEL_FROM)
+        step = length or _WHOLE if alone else PART
+        reply = _open(
+            connection, uri, start, start + step if stop is None else min(start + step, stop), whole=stop is None
+        )
+        end = reply.total if stop is None else min(stop, reply.total)
+        step = max(step, reply.stop - start)
+        try:
             if stop is not None and end < stop and not or_less:
                 raise BadBody("truncated", f"the object has {reply.total:,} bytes only", retry=False)
-            if reply.stop != min(first_stop, reply.total) and reply.stop != end:
-                raise _wrong(reply, start, min(first_stop, end))
-            buffer = pa.allocate_buffer(end - start)
-            mine = min(reply.stop, end)
-            _fill(reply, memoryview(buffer).cast("B")[: mine - start])
-        return buffer, mine, end, reply.etag
+            if reply.stop != min(start + step, end):
+                raise _wrong(reply, start, min(start + step, end))
+        except BadBody:
+            _close(reply)
+            raise
+        return reply, step, end
 
-    buffer, at, end, etag = attempts(uri, "read", first, (start, stop))
-    if at < end:
-        _read_rest(uri, memoryview(buffer).cast("B")[at - start :], at, end, etag)
-    return buffer
-
-
-def _read_rest(uri: str, view: memoryview, start: int, stop: int, etag: str) -> None:
-    """Bytes [start, stop) into `view`, in parts side by side, all of the version `etag`."""
+    reply, step, end = attempts(uri, "read", begin, (start, stop))
+    buffer = pa.allocate_buffer(end - start)
+    view, etag, first = memoryview(buffer).cast("B"), reply.etag, [reply]
 
     def part(at: int) -> None:
-        end = min(at + PART, stop)
+        """Bytes [at, at + step) into their place, of the version that the first answer had."""
 
         def call(connection: Connection) -> None:
-            reply = _open(connection, uri, at, end, etag)
-            with _closing(reply.body):
-                if reply.etag != etag:
+            until = min(at + step, end)
+            answer = first.pop() if at == start and first else _open(connection, uri, at, until, etag)
+            try:
+                if answer.etag != etag:
                     raise _Changed
-                if reply.stop != end or reply.start != at:
-                    raise _wrong(reply, at, end)
-                _fill(reply, view[at - start : end - start])
+                if answer.stop != until:
+                    raise _wrong(answer, at, until)
+                _fill(connection, answer, view[at - start : until - start])
+            except BaseException:
+                _close(answer)
+                raise
 
-        attempts(uri, "read", call, (at, end))
+        attempts(uri, "read", call, (at, min(at + step, end)))
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="s3-read") as pool:
-        waiting = [pool.submit(part, at) for at in range(start, stop, PART)]
+    if end - start <= step:
+        part(start)
+        return buffer
+    with ThreadPoolExecutor(THREADS - 1, thread_name_prefix="s3-read") as pool:
+        waiting = [pool.submit(part, at) for at in range(start + step, end, step)]
         try:
+            part(start)
             for future in waiting:
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return buffer
 
 
 def _open(
@@ -166,10 +177,10 @@ def _wrong(reply: _Reply, start: int, stop: int) -> BadBody:
     return BadBody("wrong-range", f"the store sent bytes {reply.start:,} to {reply.stop:,}, not {start:,} to {stop:,}")
 
 
-def _fill(reply: _Reply, view: memoryview) -> None:
+def _fill(connection: Connection, reply: _Reply, view: memoryview) -> None:
     """The body into `view`: all of it, within a time that grows with its length."""
-    at, size = 0, len(view)
-    deadline = time.monotonic() + read_timeout() + size / _SLOWEST
+    at, size, began = 0, len(view), time.monotonic()
+    deadline = began + read_timeout() + size / _SLOWEST
     while at < size:
         got = reply.body.readinto(view[at : at + _PIECE])
         if not got:
@@ -177,21 +188,15 @@ def _fill(reply: _Reply, view: memoryview) -> None:
         at += got
         if at < size and time.monotonic() > deadline:
             raise BadBody("timeout", f"only {at:,} of {size:,} bytes came in time")
+    if size >= PART // 4:
+        connection.fast = size > _FAST * (time.monotonic() - began)
 
 
-class _closing:
-    """Closes the body after an error; one that was read whole goes back to the pool by itself."""
-
-    def __init__(self, body: Any) -> None:
-        self.body = body
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None and self.body is not None:
-            with suppress(Exception):
-                self.body.close()
+def _close(reply: _Reply) -> None:
+    """After an error. A body that was read whole gives its connection back by itself."""
+    if reply.body is not None:
+        with suppress(Exception):
+            reply.body.close()
 
 
 # --- looking -------------------------------------------------------------------------------------------
@@ -277,8 +282,9 @@ def _delete_some(bucket: str, keys: list[str]) -> None:
             )
             left = [entry["Key"] for entry in answer.get("Errors", [])]
         except StoreError as error:
-            if error.reason not in ("refused", "server", "denied"):
-                raise  # else one by one: several stores don't know the bulk request, or want another checksum
+            # one by one, then: stores don't know the request, want another checksum, or can't sign it
+            if error.reason not in ("refused", "server", "denied", "secret", "checksum"):
+                raise
     for key in left:
         _delete_one(bucket, key)
 

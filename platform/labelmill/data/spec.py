@@ -52,7 +52,7 @@ class Reading:
     decode: DecodePlace = "auto"
     image_decoder: str = ""
     threads: int = 0
-    prefetch_mb: float = 256.0
+    prefetch_mb: float = 128.0
     readers: int = 2
     cache_folder: str = ""
     cache_mb: float = 0.0

@@ -245,10 +245,10 @@ def with_bad_batch(rank: int, world: int, cases: list[tuple[int, int]]) -> list[
         assert end.step == 6
         head = toy.heads["classes"]
         results.append({"dense": engine.dense_state(), "start": head.start, "rows": head.w_CD.clone()})
+        bad = [make_batch(i, 12, rank, world) for i in range(2 * accumulation)]
+        for batch in bad:
+            batch.inputs[1, 0] = torch.nan
         with pytest.raises(NotFiniteError, match=r"step 2: the embedding of sample 1 .* 1 steps were left out"):
-            bad = [make_batch(i, 12, rank, world) for i in range(2 * accumulation)]
-            for batch in bad:
-                batch.inputs[1, 0] = torch.nan
             train(engine, iter(bad), config, start, 2, None, lambda position: None)
     return results
 

@@ -87,8 +87,10 @@ def reference_margin(cos: Tensor, margin: Any) -> Tensor:
 
 
 def cross_entropy(positive: Tensor, others: Tensor, count: Tensor) -> Tensor:
-    return torch.log(positive.exp() + (count * others.exp()).sum()) - positive if not len(others) or float(others.detach().abs().max()) < 300 else (
-        -torch.log_softmax(torch.cat([positive[None], others]), 0)[0]
+    return (
+        torch.log(positive.exp() + (count * others.exp()).sum()) - positive
+        if not len(others) or float(others.detach().abs().max()) < 300
+        else (-torch.log_softmax(torch.cat([positive[None], others]), 0)[0])
     )
 
 

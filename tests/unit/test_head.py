@@ -59,7 +59,7 @@ def largest_tensor(rate: float, **fields: Any) -> tuple[int, ShardedHead]:
 
 
 CLASSES, DIM, BATCH = 60_000, 32, 128
-CHUNK = 1024 * BATCH
+CHUNK = 1024 * BATCH  # logits
 
 
 @pytest.mark.parametrize("sampling", [UniformSampling(), BlockSampling()])
@@ -220,7 +220,7 @@ def test_rows_written_from_outside_are_noticed() -> None:
 
 def test_screen_follows_the_rows() -> None:
     head = small_head(sample_rate=0.2, sampling=HardSampling(share=0.5), scale=8.0)
-    for step in range(5):
+    for _ in range(5):
         head.begin_step(0.5)
         head.loss(torch.randn(6, 12, requires_grad=True), torch.randint(203, (6,))).backward()
         head.step(0.5)

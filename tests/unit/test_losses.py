@@ -22,8 +22,8 @@ from labelmill.losses.classification import (
     MultiSoftmax,
     RowLoss,
     SmoothedSoftmax,
-    SoftTargets,
     Softmax,
+    SoftTargets,
     dense_loss,
     softplus,
 )
@@ -108,9 +108,7 @@ def test_decoupled_values_of_the_dexml_sheet_do_not_move_with_other_positives() 
 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda loss: loss.kind)
 def test_gradients_are_those_of_finite_differences(loss: Loss) -> None:
-    ids = (
-        torch.tensor([[1, -1], [3, -1], [0, -1]]) if loss.kind in SINGLE else torch.tensor([[1, 4], [3, -1], [0, 2]])
-    )
+    ids = torch.tensor([[1, -1], [3, -1], [0, -1]]) if loss.kind in SINGLE else torch.tensor([[1, 4], [3, -1], [0, 2]])
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(3, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: dense_loss(loss, z, ids, scale=2.0), (z,))

@@ -26,7 +26,8 @@ class HeadConfig(StrictModel):
     )
     sampling: SamplingConfig = UniformSampling()
     importance: bool = Field(
-        False, description="weigh drawn negatives by 1 / probability, so that sums over all classes are right on average"
+        False,
+        description="weigh drawn negatives by 1 / probability, so that sums over all classes are right on average",
     )
     optimizer: RowOptimizerConfig = SGD()
     lr_multiplier: float = Field(1.0, gt=0, description="class rows learn this much faster than the encoder")
@@ -47,7 +48,9 @@ class HeadConfig(StrictModel):
                 f"margin {self.margin.kind!r} acts on cosines: set normalize to true, or margin.kind to none"
             )
         if self.sub_centres > 1 and self.loss.needs_sum:
-            raise ValueError(f"loss {self.loss.kind!r} sums over all rows and takes one row a class: set sub_centres to 1")
+            raise ValueError(
+                f"loss {self.loss.kind!r} sums over all rows and takes one row a class: set sub_centres to 1"
+            )
         if self.sub_centres > 1 and isinstance(self.sampling, BlockSampling) and self.sampling.stride > 1:
             raise ValueError("sampling.stride and sub_centres don't go together: set one of them to 1")
         return self

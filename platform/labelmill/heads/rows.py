@@ -79,7 +79,7 @@ class ClassRows:
         self.optimizer, self.normalize, self.dtype = optimizer, normalize, dtype
         self.narrow = w_CD.dtype != dtype
         self.w_CD = w_CD
-        self.state = optimizer.state(*w_CD.shape, dtype, w_CD.device)
+        self.state = optimizer.state(w_CD.shape[0], w_CD.shape[1], dtype, w_CD.device)
         if master and self.narrow:
             self.state["master"] = w_CD.to(dtype)
         self.inverse_C: Tensor | None = None
@@ -258,10 +258,9 @@ class PendingRows:
             rows: of the shard.
             like: (1, D), type and device of the gradient.
         """
-        if ids_S is None:
-            sorted_S = None
-        else:
-            sorted_S = ids_S if bool((ids_S.diff() > 0).all()) else ids_S.sort().values
+        sorted_S = ids_S
+        if ids_S is not None and not bool((ids_S.diff() > 0).all()):
+            sorted_S = ids_S.sort().values
         if self.grad_UD is None:
             self.ids_U, self.grad_UD = sorted_S, self._zeros(rows if ids_S is None else len(ids_S), like)
         elif self.ids_U is not None:

@@ -231,9 +231,8 @@ class ShardedHead:
         rate or scale than it moved them with.
         """
         rate = lr * self.config.lr_multiplier
-        if self._moved is not None:
-            if self._moved != lr or scale != 1.0:
-                raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
+        if self._moved is not None and (self._moved != lr or scale != 1.0):
+            raise RuntimeError(f"the rows have moved with rate {self._moved} and scale 1, not {lr} and {scale}")
         for local, grad_RD in self._pending.chunks(ROWS_AT_ONCE):
             if scale != 1.0:
                 grad_RD.mul_(scale)
@@ -321,7 +320,9 @@ class ShardedHead:
         Raises ValueError for sub-centres: a plain matrix of rows can't say which of them is nearest.
         """
         if self.config.sub_centres > 1:
-            raise ValueError(f"a head of {self.config.sub_centres} sub-centres a class has no one row a class to export")
+            raise ValueError(
+                f"a head of {self.config.sub_centres} sub-centres a class has no one row a class to export"
+            )
         self._catch_up()
         rows_CD = torch.empty(self.w_CD.shape, dtype=dtype)
         for lo in range(0, len(rows_CD), ROWS_AT_ONCE):
@@ -465,7 +466,7 @@ def _matmul_precision(kind: str) -> Iterator[None]:
     if kind == "fp32":
         yield
         return
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend, name in zip(backends, ("bf16", "tf32"), strict=True):

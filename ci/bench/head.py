@@ -251,6 +251,8 @@ def speed(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     """Step times of the peer and of ours."""
     if options["tuned"]:
         keep_pages()
+    if options["medium"]:
+        torch.set_float32_matmul_precision("medium")
     classes, dim, rate = options["classes"], options["dim"], options["rate"]
     methods: dict[str, Any] = {}
     if not options["alone"]:
@@ -259,6 +261,9 @@ def speed(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     for sampling in options["sampling"] if rate < 1 else ["uniform"]:
         label = f"labelmill, {sampling}" if rate < 1 else "labelmill, all classes"
         methods[label] = Ours(classes, dim, rate, sampling, options["memory_mb"])
+        if options["bf16"]:
+            more = Ours(classes, dim, rate, sampling, options["memory_mb"], matmul="bf16")
+            methods[f"{label}, bf16 products"] = more
     if options["screened"]:
         methods[f"labelmill, screened {options['screened']:g}"] = Ours(
             classes, dim, options["screened"], "hard", options["memory_mb"]
@@ -274,10 +279,14 @@ def speed(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
 def parallel(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     """Full softmax against DTensor."""
     classes, dim = options["classes"], options["dim"]
-    methods = {
+    methods: dict[str, Any] = {
         "torch loss_parallel": LossParallel(classes, dim),
         "labelmill, all classes": Ours(classes, dim, 1.0, "uniform", options["memory_mb"]),
     }
+    if options["bf16"]:
+        methods["labelmill, all classes, bf16 products"] = Ours(
+            classes, dim, 1.0, "uniform", options["memory_mb"], matmul="bf16"
+        )
     data = batches(classes, dim, options["batch"], options["steps"] + options["warm"])
     times = alternate(methods, data, options["warm"])
     return {"times": times, "gemm": gemm_rate(options["batch"] * world, dim)}
@@ -375,6 +384,8 @@ def main() -> None:
     parser.add_argument(
         "--tuned", action="store_true", help="the peer with fused SGD, and an allocator that keeps pages"
     )
+    parser.add_argument("--bf16", action="store_true", help="also ours with products of bfloat16, summed in float32")
+    parser.add_argument("--medium", action="store_true", help="the same precision for everything, the peer too")
     parser.add_argument("--alone", action="store_true", help="no peer")
     parser.add_argument("--peer", action="store_true", help="memory of the peer")
     parser.add_argument("--json", type=Path)

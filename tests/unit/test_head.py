@@ -59,7 +59,7 @@ def largest_tensor(rate: float, **fields: Any) -> tuple[int, ShardedHead]:
 
 
 CLASSES, DIM, BATCH = 60_000, 32, 128
-CHUNK = 1024 * BATCH
+CHUNK = 1024 * BATCH  # logits
 
 
 @pytest.mark.parametrize("sampling", [UniformSampling(), BlockSampling()])

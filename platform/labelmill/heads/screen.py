@@ -15,7 +15,7 @@ from torch import Tensor
 from labelmill.heads.ranks import Grid
 from labelmill.heads.rows import ClassRows, Watcher, Where
 
-CHUNK = 4096
+CHUNK = 1024
 _LOWEST = -(2**30)
 
 
@@ -40,27 +40,30 @@ class Screen(Watcher):
         """Best similarity of each row with a sample that it is no positive of, up to rounding; float32 (C,)."""
         if not len(x_ND):
             return self.scale_C.new_full((len(self.rows),), -torch.inf)
-        top_N = x_ND.abs().amax(dim=1).clamp_min(1e-30)
-        x_DN = (x_ND * (127.0 / top_N)[:, None]).round().to(torch.int8).t()
-        scale_N = (top_N / 127.0).float()
+        # one scale for all samples, so that the best of them is found among the integers
+        top = x_ND.abs().amax().clamp_min(1e-30)
+        x_DN = (x_ND * (127.0 / top)).round().to(torch.int8).t()
         order_K = torch.argsort(row_K)
         row_K, sample_K = row_K[order_K], sample_K[order_K]
-        out_C = self.scale_C.new_empty(len(self.rows))
-        for lo in range(0, len(out_C), CHUNK):
-            hi = min(lo + CHUNK, len(out_C))
-            z_RN = _int_mm(self.q_CD[lo:hi], x_DN).float().mul_(scale_N)
-            first, last = torch.searchsorted(row_K, torch.tensor([lo, hi], device=row_K.device)).tolist()
+        edges = torch.arange(0, len(self.rows) + CHUNK, CHUNK, device=row_K.device)
+        cuts = torch.searchsorted(row_K, edges).tolist()
+        best_C = torch.empty(len(self.rows), dtype=torch.int32, device=x_ND.device)
+        memory = torch.empty(CHUNK, len(x_ND), dtype=torch.int32, device=x_ND.device)
+        for number, lo in enumerate(range(0, len(best_C), CHUNK)):
+            hi = min(lo + CHUNK, len(best_C))
+            z_RN = _int_mm(self.q_CD[lo:hi], x_DN, memory)
+            first, last = cuts[number], cuts[number + 1]
             if last > first:
                 z_RN[row_K[first:last] - lo, sample_K[first:last]] = _LOWEST
-            torch.mul(z_RN.amax(dim=1), self.scale_C[lo:hi], out=out_C[lo:hi])
-        return out_C
+            torch.amax(z_RN, dim=1, out=best_C[lo:hi])
+        return best_C * self.scale_C * (top / 127.0).float()
 
     def hardest(
         self, grid: Grid, x_ND: Tensor, sample_K: Tensor, class_K: Tensor, count: int, group: int = 1
     ) -> Tensor:
         """Own classes among the `count` hardest of all ranks, (H,) local ids. Collective.
 
-        Equal scores go to the lower class, so that the choice doesn't depend on the number of ranks.
+        A function of the rows and the global batch, up to classes of equal score at the bar.
         """
         row_K = (
             class_K if group == 1 else (class_K[:, None] * group + torch.arange(group, device=class_K.device)).flatten()
@@ -81,17 +84,17 @@ class Screen(Watcher):
             return id_H
         bar = torch.topk(everyone, count).values[-1]
         above = int((everyone > bar).sum())
-        # at the bar itself: places left go to ranks in order, which is the order of classes
+        # at the bar itself: places left go to ranks in order
         before = int((everyone[: sum(counts[: ranks.rank])] == bar).sum())
         places = max(0, count - above - before)
         tied = id_H[best_H == bar].sort().values[:places]
         return torch.cat([id_H[best_H > bar], tied])
 
 
-def _int_mm(a_RD: Tensor, b_DN: Tensor) -> Tensor:
+def _int_mm(a_RD: Tensor, b_DN: Tensor, memory: Tensor) -> Tensor:
     """int8 x int8 -> int32; padded where an accelerator's kernel wants multiples of 8 and more than 16 rows."""
     if a_RD.device.type == "cpu":
-        return torch._int_mm(a_RD, b_DN)
+        return torch._int_mm(a_RD, b_DN, out=memory[: len(a_RD)])
     rows, dim, columns = *a_RD.shape, b_DN.shape[1]
     pad = torch.nn.functional.pad
     a_RD = pad(a_RD, (0, -dim % 8, 0, max(0, 17 - rows)))

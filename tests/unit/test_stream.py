@@ -172,6 +172,17 @@ def test_ray_gives_what_the_local_reader_gives(make_text_data: Callable[..., Any
             r.close()
 
 
+def test_a_ray_data_set_holds_the_same_rows_in_order(make_text_data: Callable[..., Any], ray_session: None) -> None:
+    from labelmill.data.ray_data import ray_dataset
+
+    spec = StreamSpec(make_text_data(101, 13), "text", 24, seed=5, window=3, start=10, stop=90)
+    found = [(row[POSITION], row["key"], row["text"], row["label"]) for row in ray_dataset(spec).iter_rows()]
+    source = LocalSource(spec)
+    table = pa.concat_tables([rows(source.pieces(step)) for step in range(spec.steps)])
+    expected = zip(*(table.column(c).to_pylist() for c in (POSITION, "key", "text", "label")), strict=True)
+    assert found == list(expected)
+
+
 def test_a_damaged_shard_stops_the_ray_stream_and_is_named(
     make_text_data: Callable[..., Any], ray_session: None
 ) -> None:

@@ -36,12 +36,16 @@ class Screen(Watcher):
         length_R = top_R / 127.0
         self.scale_C[where] = (length_R if inverse_R is None else length_R * inverse_R).float()
 
-    def scores(self, x_ND: Tensor, sample_K: Tensor, row_K: Tensor) -> Tensor:
-        """Best similarity of each row with a sample that it is no positive of, up to rounding; float32 (C,)."""
+    def scores(self, x_ND: Tensor, sample_K: Tensor, row_K: Tensor, top: Tensor | None = None) -> Tensor:
+        """Best similarity of each row with a sample that it is no positive of, up to rounding; float32 (C,).
+
+        `top` is the largest entry of the samples that all are rounded by; that of `x_ND` by default.
+        """
         if not len(x_ND):
             return self.scale_C.new_full((len(self.rows),), -torch.inf)
         # one scale for all samples, so that the best of them is found among the integers
-        top = x_ND.abs().amax().clamp_min(1e-30)
+        top = x_ND.abs().amax() if top is None else top
+        top = top.clamp_min(1e-30)
         x_DN = (x_ND * (127.0 / top)).round().to(torch.int8).t()
         order_K = torch.argsort(row_K)
         row_K, sample_K = row_K[order_K], sample_K[order_K]
@@ -68,7 +72,9 @@ class Screen(Watcher):
         row_K = (
             class_K if group == 1 else (class_K[:, None] * group + torch.arange(group, device=class_K.device)).flatten()
         )
-        score_C = self.scores(x_ND, sample_K.repeat_interleave(group), row_K)
+        # rounded alike in all replicas, whose samples differ
+        top = grid.replicas.max_(x_ND.abs().amax() if len(x_ND) else x_ND.new_zeros(()))
+        score_C = self.scores(x_ND, sample_K.repeat_interleave(group), row_K, top)
         if group > 1:
             score_C = score_C.view(-1, group).amax(dim=1)
         # the hardest for the samples of any replica, so that all replicas choose alike

@@ -2,7 +2,7 @@
 
     .venv/bin/python ci/bench/stream_memory.py --data DATA_SET --field image [--prefetch-mb 64] [--world 2]
 
-The bound (platform/README.md): prefetch_mb, two blocks for each reader, and for each rank five batches and two blocks.
+The bound (platform/README.md): prefetch_mb, two blocks for each reader, and for each rank seven batches and two blocks.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     for decode in ("late", "task"):
         spec = replace(spec, reading=replace(reading, decode=decode))
         block = spec.block_rows * spec.sample_bytes / 2**20
-        batches_mb = 5 * options.batch * spec.sample_bytes / 2**20
+        batches_mb = 7 * options.batch * spec.sample_bytes / 2**20
         bound = options.prefetch_mb + 2 * block * (reading.readers + options.world) + batches_mb
         for name, pause_s, batches in (
             ("fast", 0.0, options.batches),

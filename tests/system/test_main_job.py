@@ -210,7 +210,7 @@ def test_undecodable_images_are_counted_named_and_limited(tmp_path: Path, ray_se
         "data": {"train": str(train), "test": str(test)},
     }
     path = write_job(tmp_path, job)
-    with pytest.raises(DataError, match="can't be decoded") as caught:
+    with pytest.raises(DataError, match="can't be used") as caught:
         run(path, tmp_path / "runs", "data.max_bad_samples=1")
     assert any(key in str(caught.value) for key in keys)
     report, _ = run(path, tmp_path / "runs", "data.max_bad_samples=2")

@@ -92,7 +92,7 @@ def run(name: str, loader: str, options: Options, memory: bool = False) -> list[
         for record in records:
             record |= {"peak_mb": peak.total, "shared_mb": peak.shared, "files_mb": peak.files}
             record["daemons_mb"] = tree.peak_daemons
-            record["parts_mb"] = {k: round(v) for k, v in sorted(peak.parts.items())}
+            record["parts_mb"] = {f"{name} x{count}": round(mb) for name, (mb, count) in sorted(peak.parts.items())}
     return records
 
 

@@ -36,7 +36,7 @@ class Memory:
     files: float = 0.0
     shared: float = 0.0
     daemons: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # by command: private MB, processes
 
     @property
     def total(self) -> float:
@@ -135,7 +135,9 @@ class Tree:
                 now.own += private
                 now.files += files
                 title = _read(f"/proc/{process.pid}/cmdline").split("\0")[0][:40] or str(process.pid)
-                now.parts[title] = now.parts.get(title, 0.0) + private
+                part = now.parts.setdefault(title, [0.0, 0])
+                part[0] += private
+                part[1] += 1
         if now.total > self.peak.total:
             self.peak = now
         self.peak_daemons = max(self.peak_daemons, now.daemons)

@@ -33,7 +33,10 @@ class Scratch:
     def take(self, name: str, count: int, like: Tensor) -> Tensor:
         """`count` elements, uninitialised. Not handed out again before `give`."""
         found = self._idle.pop(name, None)
-        return like.new_empty(count) if found is None or found.numel() < count else found[:count]
+        if found is not None and found.numel() >= count:
+            return found[:count]
+        found = None  # what is too small goes before its successor comes
+        return like.new_empty(count)
 
     def give(self, name: str, tensor: Tensor) -> None:
         """Returns what `take` handed out; nobody may use it any more."""
@@ -45,6 +48,8 @@ class Scratch:
         count = math.prod(shape)
         found = self._idle.get(name)
         if found is None or found.numel() < count or found.dtype != like.dtype:
+            self._idle.pop(name, None)
+            found = None  # what is too small goes before its successor comes
             found = self._idle[name] = like.new_empty(count)
         return found[:count].view(shape)
 

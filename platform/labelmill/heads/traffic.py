@@ -133,6 +133,7 @@ def head_collectives(
     statistics = 1 + 2 * sums + positives
     found = [
         *gathers,
+        Collective("hard scale", "replicas", "all_reduce", element if classes else 0, replicas, "micro batch"),
         Collective("hardness", "replicas", "all_reduce", classes * HARDNESS_BYTES, replicas, "micro batch"),
         Collective("hard sizes", "shards", "all_gather", NUMBER_BYTES if classes else 0, shards, "micro batch"),
         Collective("hard classes", "shards", "all_gather", offered * HARDNESS_BYTES, shards, "micro batch"),

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labelmill.data import fetch, spans, store
+from labelmill.data import spans, store
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest
 from labelmill.data.overlay import write_label_overlay
@@ -433,7 +433,7 @@ def test_first_hashes_a_file_once_until_it_changes(tmp_path, monkeypatch):
 
     import hashlib as original
 
-    monkeypatch.setattr(fetch, "hashlib", Hash())
+    monkeypatch.setattr(store, "hashlib", Hash())
     for _ in range(3):
         open_shard(manifest, 0, verify="first")
     assert len(hashed) == 1

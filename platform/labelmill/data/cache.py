@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyarrow as pa
 
 from labelmill.data import store
+from labelmill.data.damage import ShardDamage
 from labelmill.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,6 @@ class ShardCache:
     folder: str
     limit_bytes: int
     rehash: bool = False
-    verifies: ClassVar[bool] = True  # what `read` gives has the hash that was asked for
 
     def check(self, largest: int = 0) -> None:
         """Raises DataError when the cache can't work: folder not writable, limit or disk too small.
@@ -106,9 +105,7 @@ class ShardCache:
         `store.read_bytes`.
         """
         if not store.is_uri(path):
-            data = store.read_bytes(path)
-            _check(data, path, sha256, size)
-            return data
+            return _fetch(path, sha256, size)
         try:
             self._make_folders()
             return self._mapped(path, sha256, size) or self._locked(path, sha256, size)
@@ -294,31 +291,14 @@ def _count(what: str, warning: str | None = None) -> None:
 
 
 def _fetch(path: str, sha256: str, size: int | None) -> pa.Buffer:
-    """The remote file, verified; once more if it isn't what it must be, since a transfer can be at fault."""
-    data = store.read_bytes(path)
-    try:
-        _check(data, path, sha256, size)
-    except DataError:
-        from labelmill.data.s3 import count_retry
-
-        count_retry("checksum")
-        data = store.read_bytes(path)
-        _check(data, path, sha256, size)
-    return data
-
-
-def _check(data: pa.Buffer, path: str, sha256: str, size: int | None) -> None:
+    """The file, verified. Raises ShardDamage."""
+    data, digest = store.hashed(path, store.read_bytes(path), sha256)
+    if digest == sha256:
+        return data
+    reason = f"the content changed since it was written (sha256 {digest[:12]}..., not {sha256[:12]}...)"
     if size is not None and data.size != size:
-        raise _damage(path, f"{data.size:,} bytes long instead of {size:,}")
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != sha256:
-        raise _damage(path, f"the content changed since it was written (sha256 {digest[:12]}..., not {sha256[:12]}...)")
-
-
-def _damage(path: str, reason: str) -> DataError:
-    from labelmill.data.shards import ShardDamage  # shards may read through a cache
-
-    return ShardDamage.of(path, reason)
+        reason = f"{data.size:,} bytes long instead of {size:,}"
+    raise ShardDamage.of(path, reason)
 
 
 def _try_lock(fd: int) -> bool:

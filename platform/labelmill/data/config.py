@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from labelmill.data import store
 from labelmill.data.cache import ShardCache
+from labelmill.data.damage import Policy
 from labelmill.data.decode import image_decoder
+from labelmill.data.fetch import Verify
 from labelmill.data.manifest import Manifest, load_manifest
 from labelmill.data.mix import Mix
 from labelmill.data.selection_config import SelectionConfig
-from labelmill.data.spec import AnySpec, DecodePlace, MixedSpec, OnDamage, Reading, StreamSpec
+from labelmill.data.spec import AnySpec, DecodePlace, MixedSpec, Reading, StreamSpec
 from labelmill.errors import DataError
 from labelmill.job import StrictModel
 
@@ -38,10 +40,10 @@ class StreamConfig(StrictModel):
 
     window: int = Field(8, ge=1, description="shards shuffled together; what a read task holds in memory")
     max_bad_samples: int = Field(0, ge=0, description="holes that are left out and named; one more stops the run")
-    on_damage: OnDamage = Field(
+    on_damage: Policy = Field(
         "raise", description="a damaged shard stops the run, becomes holes as a whole (shard) or where needed (sample)"
     )
-    verify: bool | Literal["first"] = Field(
+    verify: Verify = Field(
         "first", description="re-hash shards as they are read: always, never, or those this process has not seen yet"
     )
     decode: DecodePlace = Field("auto", description="images: in tasks, or late in threads of the rank (auto: JPEG)")

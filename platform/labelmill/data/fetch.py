@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import pyarrow as pa
 
 from labelmill.data import store
+from labelmill.data.cache import ShardCache
 from labelmill.data.damage import ShardDamage
 from labelmill.data.manifest import Manifest
-from labelmill.data.s3 import count_retry
 from labelmill.errors import DataError
 
 Verify = bool | Literal["first"]
@@ -25,16 +23,6 @@ _PARALLEL = 8  # range requests to an object store at a time
 
 # (size, mtime, inode) and hash of each local file whose content was found right
 _SEEN: dict[str, tuple[tuple[int, int, int], str]] = {}
-
-
-class ShardCache(Protocol):
-    """Keeps remote shards on local disk. One with a true attribute `verifies` hands out only content of the hash
-    asked for, checked on every read, and isn't checked a second time under verify="first".
-    """
-
-    def read(self, path: str, sha256: str, size: int) -> pa.Buffer:
-        """The whole shard."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,23 +50,16 @@ def fetch_whole(manifest: Manifest, i: int, verify: Verify, cache: ShardCache | 
     if remote and cache is not None:
         try:
             data = cache.read(path, info.sha256, info.bytes)
-            vouched = verify == "first" and getattr(cache, "verifies", False)
+            vouched = verify == "first"  # the cache has hashed it
         except DataError:
             data = None  # the store tells what is wrong
     if data is None:
         data = _read(path)
-    if data.size != info.bytes or not verify:
+    if not verify or (data.size != info.bytes and not remote):
         return Content(data, False, None)
     if vouched or (verify == "first" and identity is not None and _SEEN.get(path) == (identity, info.sha256)):
         return Content(data, True, None)
-    digest = hashlib.sha256(data).hexdigest()
-    if remote and digest != info.sha256:
-        # bytes can arrive wrong; what lies in the store wrong is wrong again
-        with contextlib.suppress(DataError):
-            again = _read(path)
-            if again.size == info.bytes and hashlib.sha256(again).hexdigest() == info.sha256:
-                count_retry("checksum")
-                data, digest = again, info.sha256
+    data, digest = store.hashed(path, data, info.sha256)
     if identity is not None and digest == info.sha256:
         _SEEN[path] = (identity, digest)
     return Content(data, digest == info.sha256, digest)

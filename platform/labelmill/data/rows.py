@@ -18,7 +18,7 @@ from labelmill.data.damage import WHOLE_SHARD, Damage, Policy, ShardDamage
 from labelmill.data.fetch import Verify
 from labelmill.data.manifest import Manifest
 from labelmill.data.members import empty_label, label_ext, parse_labels
-from labelmill.data.overlays import check_aligned, read_overlay
+from labelmill.data.overlay_reading import check_aligned, read_overlay
 from labelmill.data.scan import Places
 from labelmill.data.spans import Spans, fixed_spans, spans_of, typed_spans
 from labelmill.data.structure import wanted_exts

@@ -23,12 +23,13 @@ import numpy as np
 import pyarrow as pa
 
 from labelmill.data import store
+from labelmill.data.cache import ShardCache
 from labelmill.data.damage import WHOLE_SHARD, Damage, Policy, ShardDamage
-from labelmill.data.fetch import Content, ShardCache, Verify, fetch_ranges, fetch_whole
+from labelmill.data.fetch import Content, Verify, fetch_ranges, fetch_whole
 from labelmill.data.index import ShardIndex, plan_ranges, read_index
 from labelmill.data.labels import count_labels
 from labelmill.data.manifest import Manifest
-from labelmill.data.overlays import read_overlay
+from labelmill.data.overlay_reading import read_overlay
 from labelmill.data.rows import Bad, Request, Rows, damage_of, empty_rows, rows_of_packed, rows_of_tar
 from labelmill.data.scan import Places
 from labelmill.data.spans import Spans, column_of, concat_spans

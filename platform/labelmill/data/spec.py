@@ -10,10 +10,12 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
+from labelmill.data.damage import Policy
+from labelmill.data.fetch import Verify
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest
 from labelmill.data.mix import Mix
@@ -21,8 +23,6 @@ from labelmill.data.plan import Plan
 from labelmill.data.selection import Selection
 from labelmill.errors import DataError
 
-Verify = bool | Literal["first"]
-OnDamage = Literal["raise", "shard", "sample"]
 DecodePlace = Literal["auto", "late", "task"]
 
 _LATE_EXTS = {"jpg", "jpeg"}
@@ -48,7 +48,7 @@ class Reading:
     """
 
     verify: Verify = "first"
-    on_damage: OnDamage = "raise"
+    on_damage: Policy = "raise"
     decode: DecodePlace = "auto"
     image_decoder: str = ""
     threads: int = 0
@@ -58,8 +58,40 @@ class Reading:
     cache_mb: float = 0.0
 
 
+class _Positions:
+    """What a stream and a mix share: positions `[start, stop)` cut into global batches."""
+
+    global_batch: int
+    start: int
+    stop: int | None
+
+    @property
+    def epoch_samples(self) -> int:
+        """Positions of one epoch."""
+        raise NotImplementedError
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.epoch_samples if self.stop is None else self.stop
+
+    @property
+    def steps(self) -> int:
+        """Global batches, the last one may be smaller."""
+        return -(-(self.end - self.start) // self.global_batch)
+
+    def after(self, cursor: int) -> Self:
+        """The same stream from position `cursor` on."""
+        return replace(self, start=cursor)  # type: ignore[type-var]
+
+    def batch_range(self, step: int) -> tuple[int, int]:
+        """Positions `[lo, hi)` of global batch `step`, counted from `start`."""
+        lo = self.start + step * self.global_batch
+        return lo, min(self.end, lo + self.global_batch)
+
+
 @dataclass(frozen=True)
-class StreamSpec:
+class StreamSpec(_Positions):
     """A stream over one data set.
 
     Attributes:
@@ -119,28 +151,9 @@ class StreamSpec:
         return self.plan.epoch_samples
 
     @property
-    def end(self) -> int:
-        """One past the last position."""
-        return self.epoch_samples if self.stop is None else self.stop
-
-    @property
-    def steps(self) -> int:
-        """Global batches, the last one may be smaller."""
-        return -(-(self.end - self.start) // self.global_batch)
-
-    @property
     def digest(self) -> str:
         """Identity of the order: a cursor belongs to one digest."""
         return self.plan.digest(self.manifest.digest)
-
-    def after(self, cursor: int) -> StreamSpec:
-        """The same stream from position `cursor` on."""
-        return replace(self, start=cursor)
-
-    def batch_range(self, step: int) -> tuple[int, int]:
-        """Positions `[lo, hi)` of global batch `step`, counted from `start`."""
-        lo = self.start + step * self.global_batch
-        return lo, min(self.end, lo + self.global_batch)
 
     # --- the same face as a mix ---
 
@@ -180,7 +193,7 @@ class StreamSpec:
 
 
 @dataclass(frozen=True)
-class MixedSpec:
+class MixedSpec(_Positions):
     """Several streams as one, in exact proportions; parts wrap into their own next epochs.
 
     Attributes:
@@ -265,30 +278,11 @@ class MixedSpec:
         """Positions until the first part has been seen once."""
         return -(-self.parts[0].epoch_samples * self.mix.period // self.mix.shares[0])
 
-    @property
-    def end(self) -> int:
-        """One past the last position."""
-        return self.epoch_samples if self.stop is None else self.stop
-
-    @property
-    def steps(self) -> int:
-        """Global batches, the last one may be smaller."""
-        return -(-(self.end - self.start) // self.global_batch)
-
     @cached_property
     def digest(self) -> str:
         """Identity of the order."""
         content = [self.mix.digest, *(part.digest for part in self.parts)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def after(self, cursor: int) -> MixedSpec:
-        """The same stream from position `cursor` on."""
-        return replace(self, start=cursor)
-
-    def batch_range(self, step: int) -> tuple[int, int]:
-        """Positions `[lo, hi)` of global batch `step`, counted from `start`."""
-        lo = self.start + step * self.global_batch
-        return lo, min(self.end, lo + self.global_batch)
 
     def split(self, lo: int, hi: int) -> tuple[list[tuple[int, int]], np.ndarray | None]:
         """See `StreamSpec.split`."""

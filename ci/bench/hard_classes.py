@@ -127,9 +127,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--scale", type=float, default=24.0)
     parser.add_argument("--lr", type=float, default=0.003)
-    parser.add_argument(
-        "--rates", type=float, nargs="*", default=[10.0, 30.0], help="rows, times --lr: tried once"
-    )
+    parser.add_argument("--rates", type=float, nargs="*", default=[10.0, 30.0], help="rows, times --lr: tried once")
     parser.add_argument("--levels", type=float, nargs="*", default=[0.3, 0.4, 0.5], help="accuracies to be timed")
     parser.add_argument("--json", type=Path)
     options = vars(parser.parse_args())

@@ -163,9 +163,17 @@ class Run:
             index=index,
         )
 
-    def track_data(self, **sets: Manifest) -> None:
-        """Records which data sets the run uses, by manifest hash."""
+    def track_data(self, **sets: Manifest | AnySpec) -> None:
+        """Records which data sets the run uses, by manifest hash; of a stream all its parts, and the order's digest."""
+        manifests: dict[str, Manifest] = {}
         for context, data in sets.items():
+            if isinstance(data, Manifest):
+                manifests[context] = data
+                continue
+            self.report.meta[f"stream_{context}"] = data.digest
+            for number, part in enumerate(data.parts):
+                manifests[f"{context}_mix_{number}" if number else context] = part.manifest
+        for context, data in manifests.items():
             self.tracker.dataset(data.digest, data.name, data.root, context)
             path = self.folder / "data" / f"{context}-manifest.json"
             path.parent.mkdir(exist_ok=True)

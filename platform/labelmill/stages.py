@@ -18,6 +18,7 @@ from torch import Tensor
 
 from labelmill import __version__
 from labelmill.data.manifest import Manifest, load_manifest
+from labelmill.data.spec import MixedSpec, StreamSpec, identity
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,14 @@ def stage_key(name: str, function: Callable[..., Any], inputs: Mapping[str, Any]
 
 
 def fingerprint(value: Any) -> Any:
-    """JSON that stands for an input: data sets by digest, stages by key, sections by value.
+    """JSON that stands for an input: data sets and streams by digest, stages by key, sections by value.
 
     Raises TypeError for values whose content can't be told, so that no change of them is overlooked.
     """
     if isinstance(value, Manifest):
         return {"manifest": value.digest}
+    if isinstance(value, StreamSpec | MixedSpec):
+        return {"stream": identity(value)}
     if isinstance(value, Stage):
         return {"stage": [value.name, value.key]}
     if isinstance(value, BaseModel):

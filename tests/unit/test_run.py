@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from labelmill.data.config import DataConfig
+from labelmill.data.manifest import Manifest
+from labelmill.data.spec import MixedSpec, StreamSpec
 from labelmill.errors import UserError
 from labelmill.job import Job, TrackingConfig
 from labelmill.run import Run, execute
-from labelmill.stages import fingerprint, stage_key
+from labelmill.stages import Fitted, fingerprint, stage_key
 
 CALLS: list[str] = []
 
@@ -108,3 +112,73 @@ def test_a_dead_tracking_server_is_an_error_before_anything_runs(tmp_path: Path)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         execute(dead, method, console=Console(file=io.StringIO()))
     assert CALLS == []
+
+
+def test_a_stream_trains_again_when_its_samples_change_and_not_when_it_is_read_faster(
+    make_text_data: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    train = make_text_data(40, 9, classes=4)
+    other = make_text_data(24, 9, classes=4, name="other")
+    folder, keys = tmp_path / "kept", tmp_path / "keys.txt"
+    keys.write_text("s00001\ns00007\n")
+
+    def key(**section: Any) -> str:
+        config = DataConfig(train=train.root, test=train.root, **section)
+        stream = config.training_stream(train, folder, "text", 8, seed=1)
+        return stage_key("fit", count, {"train": stream})
+
+    mix, chosen = [{"data": other.root, "weight": 2.0}], {"kind": "keys", "file": str(keys)}
+    assert key() == key(prefetch_mb=3, readers=1, decode_threads=4, verify=True, cache={"folder": str(tmp_path)})
+    different = [key(), key(window=2), key(max_bad_samples=1), key(on_damage="shard"), key(mix=mix), key(select=chosen)]
+    different += [key(mix=mix, weight=3.0), key(mix=mix, select=chosen)]
+    keys.write_text("s00001\n")
+    different.append(key(select=chosen))
+    larger = make_text_data(25, 9, classes=4, name="larger")
+    different.append(key(mix=[{"data": larger.root, "weight": 2.0}]))
+    assert len(set(different)) == len(different)
+
+
+def test_the_training_stream_of_a_section_selects_from_the_training_set_and_mixes_the_rest_in(
+    make_text_data: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    train, other = make_text_data(40, 9, classes=4), make_text_data(24, 9, classes=4, name="other")
+    section = {"select": {"kind": "classes", "ids": [0]}, "mix": [{"data": other.root, "weight": 3.0}], "weight": 2.0}
+    config = DataConfig(train=train.root, test=train.root, **section)
+    stream = config.training_stream(train, tmp_path / "kept", "text", 10, seed=5)
+    assert isinstance(stream, MixedSpec)
+    assert [part.name for part in stream.parts] == ["texts", "other"]
+    assert [part.epoch_samples for part in stream.parts] == [10, 24]
+    assert stream.epoch_samples == 25, "one epoch of the selected ten"
+    assert stream.mix.shares == (2, 3)
+    ranges, order = stream.split(0, 10)
+    assert [hi - lo for lo, hi in ranges] == [4, 6]
+    assert order is not None
+    plain = DataConfig(train=train.root, test=train.root).training_stream(train, tmp_path / "kept", "text", 10)
+    assert isinstance(plain, StreamSpec)
+    assert plain.selection is None
+
+
+def test_the_report_tells_what_reading_met(make_text_data: Callable[..., Manifest], tmp_path: Path) -> None:
+    train, other = make_text_data(20, 9, classes=4), make_text_data(24, 9, classes=4, name="other")
+
+    def health(job: Any, run: Run) -> None:
+        config = DataConfig(train=train.root, test=train.root, mix=[{"data": other.root, "weight": 1.0}])
+        run.track_data(train=config.training_stream(train, run.folder, "text", 8), test=train)
+        folder = run.folder / "fit"
+        folder.mkdir()
+        reading = {"kind": "reading", "data": "texts", "rank": 0, "samples": 20, "fetch_seconds": 0.1, "bytes": 7}
+        place = ["shard-000001.arrow", 512, 9, "bad checksum"]
+        run._on_event(folder, reading | {"retries": {"HTTP 503": 2}, "damage": [place]})
+        run._on_event(folder, reading | {"rank": 1, "retries": {"HTTP 503": 1, "timeout": 1}, "damage": [place]})
+        run._on_event(folder, {"kind": "bad", "data": "texts", "samples": [["s00009", "bad checksum"]]})
+        run.report_data_health(Fitted(folder))
+
+    report = execute(job(tmp_path, 1), health, console=Console(file=io.StringIO()))
+    tables = report.tables
+    assert tables["bad samples"].rows == [["s00009", "bad checksum"]]
+    assert tables["damaged shards"].rows == [["shard-000001.arrow", "512", "9", "bad checksum"]], "named once"
+    assert tables["storage requests tried again"].rows == [["HTTP 503", "3"], ["timeout", "1"]]
+    assert report.metrics["data/storage_retries"] == 4
+    assert report.metrics["data/bad_samples"] == 1
+    assert {"data_train", "data_train_mix_1", "data_test", "stream_train"} <= set(report.meta)
+    assert report.meta["data_train_mix_1"] == other.digest

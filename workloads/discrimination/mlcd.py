@@ -16,12 +16,13 @@ import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 
-from labelmill.data.config import DataConfig, StreamConfig
+from labelmill.data.config import DataConfig
 from labelmill.data.decode import decode_images
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import Manifest
 from labelmill.data.overlay import write_label_overlay
 from labelmill.data.shards import read_shard
+from labelmill.data.spec import AnySpec
 from labelmill.encoders import EncoderConfig, LinearConfig, build_encoder
 from labelmill.encoders.linear import fit_pca
 from labelmill.errors import JobError
@@ -38,7 +39,7 @@ from labelmill.tracking import figures
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.passes import assign_nearest, load_embeddings, spherical_kmeans
 from labelmill.workload import workload
-from workloads.discrimination.partial_fc import Classifier, image_options
+from workloads.discrimination.partial_fc import Classifier, image_options, input_options
 
 
 class PcaTeacher(StrictModel):
@@ -136,20 +137,16 @@ def assign(
 def fit_student(
     run: Run,
     folder: Path,
-    train: Manifest,
+    train: AnySpec,
     encoder: EncoderConfig,
     head: HeadConfig,
     config: TrainConfig,
-    data: StreamConfig,
     seed: int,
 ) -> dict[str, Any]:
     """Stage: trains the encoder to tell the clusters apart."""
     assert train.label.num_classes is not None
-    spec = data.training_stream(
-        train, run.folder / "data", encoder.field, config.global_batch, seed=seed, **image_options(encoder)
-    )
     objective = partial(Classifier, encoder, head, train.label.num_classes, seed)
-    return {"seconds": run.fit(folder, objective, spec, config, augment=True).seconds}
+    return {"seconds": run.fit(folder, objective, train, config, augment=True).seconds}
 
 
 def embed_both(
@@ -202,16 +199,18 @@ def mlcd(job: MlcdJob, run: Run) -> None:
     multi = labels("assign", assign, nearest=job.clusters.nearest)
     single = labels("assign-single", assign, nearest=1)
 
-    student = partial(
-        run.stage,
-        encoder=job.encoder,
-        config=job.train,
-        data=job.data.reading_only,
-        seed=job.seed,
+    stream = partial(
+        job.data.training_stream,
+        folder=run.folder / "data",
+        global_batch=job.train.global_batch,
+        **input_options(job.encoder, job.seed),
     )
+    student = partial(run.stage, encoder=job.encoder, config=job.train, seed=job.seed)
     fits = {
-        "MLCD": student("fit-mlcd", fit_student, train=multi.manifest(), head=job.head),
-        "cross-entropy": student("fit-ce", fit_student, train=single.manifest(), head=job.baseline_head),
+        "MLCD": student("fit-mlcd", fit_student, train=stream(manifest=multi.manifest()), head=job.head),
+        "cross-entropy": student(
+            "fit-ce", fit_student, train=stream(manifest=single.manifest()), head=job.baseline_head
+        ),
         "untrained": None,
     }
     report_encoders(job, run, train, test, fits, teacher, max_bad)

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from labelmill.data.config import DataConfig, StreamConfig
+from labelmill.data.config import DataConfig
 from labelmill.data.labels import Labels
 from labelmill.data.manifest import Manifest
+from labelmill.data.spec import AnySpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import JobError
@@ -158,41 +159,32 @@ def image_options(encoder: EncoderConfig) -> dict[str, Any]:
     return {"image_size": size, "channels": getattr(encoder, "channels", 3)}
 
 
+def input_options(encoder: EncoderConfig, seed: int) -> dict[str, Any]:
+    """What every stream of a run is opened with: the encoder's field, how its images are decoded, the seed."""
+    return {"field": encoder.field, "seed": seed, **image_options(encoder)}
+
+
 def fit_classifier(
     run: Run,
     folder: Path,
-    train: Manifest,
-    test: Manifest,
+    train: AnySpec,
+    predict: Mapping[str, AnySpec],
     encoder: EncoderConfig,
     head: HeadConfig,
     config: TrainConfig,
-    data: StreamConfig,
     seed: int,
     imprint: bool,
     align: float,
     augment: bool,
-    eval_batch: int,
     k: int = 5,
-    dev: Manifest | None = None,
 ) -> dict[str, Any]:
-    """Stage: trains a classifier and ranks `k` classes for every sample of `test`, and of `dev` if given."""
+    """Stage: trains a classifier and ranks `k` classes for every sample of the streams of `predict`."""
     assert train.label.num_classes is not None
     if align and train.label.form != "single":
         raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
-    options = {"field": encoder.field, "seed": seed, **image_options(encoder)}
-    fitted = run.fit(
-        folder,
-        partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align, k),
-        data.training_stream(train, run.folder / "data", global_batch=config.global_batch, **options),
-        config,
-        predict={
-            name: data.stream(manifest, global_batch=eval_batch, shuffle=False, **options)
-            for name, manifest in (("test", test), ("dev", dev))
-            if manifest
-        },
-        augment=augment,
-    )
-    return {"seconds": fitted.seconds}
+    names = train.parts[0].manifest if imprint else None
+    objective = partial(Classifier, encoder, head, train.label.num_classes, seed, names, align, k)
+    return {"seconds": run.fit(folder, objective, train, config, predict, augment).seconds}
 
 
 def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -209,21 +201,21 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
 @workload("discrimination.partial_fc", PartialFCJob)
 def partial_fc(job: PartialFCJob, run: Run) -> None:
     train, test = job.data.open()
-    run.track_data(train=train, test=test)
+    options = input_options(job.encoder, job.seed)
+    stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
+    run.track_data(train=stream, test=test)
     fit = run.stage(
         "fit",
         fit_classifier,
-        train=train,
-        test=test,
+        train=stream,
+        predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
         encoder=job.encoder,
         head=job.head,
         config=job.train,
-        data=job.data.reading_only,
         seed=job.seed,
         imprint=job.imprint,
         align=job.align,
         augment=job.augment,
-        eval_batch=job.eval_batch,
     )
     ids_QK, _, label_QP = ranked_classes(fit)
     report_training(run, Fitted(fit.folder), fit["seconds"])

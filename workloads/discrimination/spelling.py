@@ -27,7 +27,7 @@ from labelmill.stages import Fitted, Stage
 from labelmill.tracking.model import ClassPrior
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload
-from workloads.discrimination.partial_fc import fit_classifier, ranked_classes
+from workloads.discrimination.partial_fc import fit_classifier, input_options, ranked_classes
 from workloads.discrimination.words import BANDS, read_queries, write_words
 
 CANDIDATES = 32
@@ -93,22 +93,24 @@ def choose_prior(fit: Stage, log_frequency_C: torch.Tensor) -> float:
 def spelling(job: SpellingJob, run: Run) -> None:
     words = run.stage("words", import_words, words=job.words, seed=job.seed)
     train, dev, test = (words.manifest(split) for split in ("train", "dev", "test"))
-    run.track_data(train=train, dev=dev, test=test)
+    options = input_options(job.encoder, job.seed)
+    stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
+    run.track_data(train=stream, dev=dev, test=test)
     fit = run.stage(
         "fit",
         fit_classifier,
-        train=train,
-        test=test,
-        dev=dev,
+        train=stream,
+        predict={
+            name: job.data.stream(queries, global_batch=2048, shuffle=False, **options)
+            for name, queries in (("dev", dev), ("test", test))
+        },
         encoder=job.encoder,
         head=job.head,
         config=job.train,
-        data=job.data,
         seed=job.seed,
         imprint=True,
         align=job.align,
         augment=True,
-        eval_batch=2048,
         k=CANDIDATES,
     )
     classes = test.load_classes()

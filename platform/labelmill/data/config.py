@@ -133,11 +133,6 @@ class DataConfig(StreamConfig):
     train: str = Field(min_length=1, description="folder or URI of the training set")
     test: str = Field(min_length=1, description="folder or URI of the test set")
 
-    @property
-    def reading_only(self) -> StreamConfig:
-        """The section without the names of the two data sets, which a stage gets as manifests."""
-        return StreamConfig(**self.model_dump(exclude={"train", "test"}))
-
     def open(self) -> tuple[Manifest, Manifest]:
         """Both manifests. Raises DataError when one is missing, their labels don't fit together, or the cache can't work."""
         train, test = load_manifest(self.train), load_manifest(self.test)

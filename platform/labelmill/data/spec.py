@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -293,6 +293,16 @@ class MixedSpec(_Positions):
 
 
 AnySpec = StreamSpec | MixedSpec
+
+
+def identity(spec: AnySpec) -> dict[str, Any]:
+    """Everything that changes what ranks are given, as JSON; how fast they are given it is left out."""
+    return {
+        "digest": spec.digest,
+        "positions": [spec.start, spec.stop, spec.global_batch],
+        "input": [spec.field, spec.image_size, spec.channels, spec.reading.image_decoder],
+        "holes": [spec.reading.on_damage, spec.max_bad_samples],
+    }
 
 
 def _show(label: LabelSpec) -> str:

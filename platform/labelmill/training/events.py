@@ -1,4 +1,4 @@
-"""What workers tell the driver while they run: progress, metrics, bad samples, notes.
+"""What workers tell the driver while they run: progress, metrics, bad samples, what reading met.
 
 Workers never talk to the tracking server: they post events to a small actor, the driver drains it, and an outage of
 tracking can't stall a step.
@@ -18,7 +18,7 @@ class Sink(Protocol):
     """Takes events; never blocks."""
 
     def post(self, **event: Any) -> None:
-        """Adds an event; `kind` says what it is: progress, metrics, bad, timing, note."""
+        """Adds an event; `kind` says what it is: progress, metrics, bad, reading."""
 
 
 class ListSink:

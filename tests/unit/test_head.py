@@ -224,7 +224,7 @@ def test_screen_follows_the_rows() -> None:
         head.begin_step(0.5)
         head.loss(torch.randn(6, 12, requires_grad=True), torch.randint(203, (6,))).backward()
         head.step(0.5)
-    screen = head._screen
+    screen = head._drawing.screen
     assert screen is not None
     unit = screen.q_CD.float() * screen.scale_C[:, None]
     assert (unit - F.normalize(head.w_CD)).abs().max() < 1 / 200

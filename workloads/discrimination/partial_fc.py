@@ -27,6 +27,7 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import JobError
+from labelmill.heads.batch import check_finite
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.index import IndexConfig
 from labelmill.heads.ranks import Ranks
@@ -110,7 +111,7 @@ class Classifier(Objective):
     def _align(self, emb_BD: Tensor, name_BD: Tensor, batch: Batch) -> Tensor:
         """Mean over the global batch of the softmax over names; refreshes the rows of the batch's classes."""
         ranks, id_B = self.ranks, batch.labels.single_B
-        counts = [n for (n,) in ranks.gather_numbers([len(id_B)], id_B.device)]
+        counts = check_finite(ranks, emb_BD.detach(), name_BD.detach())  # before rows are written
         name_ND = ranks.gather_rows_with_grad(name_BD, counts)
         id_N = ranks.gather_rows(torch.where(batch.weight_B > 0, id_B, -1), counts)
         own_B = sum(counts[: ranks.rank]) + torch.arange(len(id_B), device=id_B.device)

@@ -29,7 +29,7 @@ NUMBERS = 7  # batch size, positives of a sample, soft labels or not; classes, d
 NUMBER_BYTES = 8
 ID_BYTES = 8
 HARDNESS_BYTES = 4
-LOSS_NUMBERS = 3  # the loss, and whether a replica refused its batch, for two kinds of reasons
+LOSS_NUMBERS = 2  # the loss, and whether a replica refused its batch
 
 
 def sent_bytes(kind: Kind, payload: float, world: int) -> float:

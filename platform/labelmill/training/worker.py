@@ -80,7 +80,8 @@ class FitTask:
 def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, Any]:
     """Trains (or resumes), exports, predicts. Needs a process group. Returns the seconds of each part.
 
-    Raises DataError for damaged data or a checkpoint of another stream; NotFiniteError when the loss diverges.
+    Raises DataError for damaged data or a checkpoint of another stream; NotFiniteError when more steps than the job
+    allows met values that are not finite.
     """
     clock, timing = time.perf_counter(), dict[str, float]()
 

@@ -37,6 +37,7 @@ from labelmill.reporting import report_ranking, report_training
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob
+from labelmill.training.initial import HeadStart, find_start, keep_class_names
 from labelmill.training.objective import Losses, Objective, Progress
 from labelmill.workload import workload
 
@@ -142,6 +143,7 @@ class PartialFCJob(TrainJob):
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
     index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
+    continued_heads = ("head",)
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
@@ -175,12 +177,14 @@ def fit_classifier(
     eval_batch: int,
     k: int = 5,
     dev: Manifest | None = None,
+    initial: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Stage: trains a classifier and ranks `k` classes for every sample of `test`, and of `dev` if given."""
     assert train.label.num_classes is not None
     if align and train.label.form != "single":
         raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
     options = {"field": encoder.field, "seed": seed, **image_options(encoder)}
+    keep_class_names(folder, train)
     fitted = run.fit(
         folder,
         partial(Classifier, encoder, head, train.label.num_classes, seed, train if imprint else None, align, k),
@@ -192,6 +196,7 @@ def fit_classifier(
             if manifest
         },
         augment=augment,
+        initial={"classes": initial} if initial else None,
     )
     return {"seconds": fitted.seconds}
 
@@ -207,10 +212,21 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
     return matrix("class_id"), matrix("score"), matrix("label")
 
 
+def start_of(job: PartialFCJob, train: Manifest, work: Path) -> HeadStart:
+    """What `head.initial` names, checked. Raises DataError."""
+    encoder = build_encoder(job.encoder)
+    weights = dict(encoder.named_parameters(prefix="encoder")) | dict(encoder.named_buffers(prefix="encoder"))
+    return find_start(job.head, train, weights, encoder.dim, work)
+
+
 @workload("discrimination.partial_fc", PartialFCJob)
 def partial_fc(job: PartialFCJob, run: Run) -> None:
     train, test = job.data.open()
     run.track_data(train=train, test=test)
+    goes_on: dict[str, HeadStart] = {}
+    if job.head.initial:
+        goes_on["initial"] = start_of(job, train, run.folder / "initial")
+        run.progress.line(f"head.initial: {goes_on['initial']}")
     fit = run.stage(
         "fit",
         fit_classifier,
@@ -225,6 +241,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         align=job.align,
         augment=job.augment,
         eval_batch=job.eval_batch,
+        **goes_on,
     )
     ids_QK, _, label_QP = ranked_classes(fit)
     report_training(run, Fitted(fit.folder), fit["seconds"])

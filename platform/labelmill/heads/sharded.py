@@ -26,8 +26,7 @@ classes of this rank, D embedding size, k results.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from labelmill.heads.batch import (
 )
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.drawing import Drawing
+from labelmill.heads.precision import matmul_precision
 from labelmill.heads.ranks import lay_grid
 from labelmill.heads.rows import ROWS_AT_ONCE, ClassRows, PendingRows, Scratch
 from labelmill.heads.statistics import HeadPass, Move, Pairs, needs_maximum
@@ -398,7 +398,7 @@ class ShardedHead:
         pairs = Pairs(sample_K[order_K], column_K[order_K], at_K, row_K[order_K])
         args = (batch, pairs, self._use_max, self._scratch, self.steps)
         work = HeadPass(self.config, self.rows, rows, weight_S, *args)
-        with _matmul_precision(self.config.matmul):
+        with matmul_precision(self.config.matmul):
             value = self._forward(work, for_backward)
         if for_backward:
             self._open.add(work)
@@ -432,7 +432,7 @@ class ShardedHead:
             move = Move(self._move_lr * self.config.lr_multiplier, self.steps)
             self._moved = self._move_lr
         self._open.discard(work)
-        with _matmul_precision(self.config.matmul):
+        with matmul_precision(self.config.matmul):
             return work.backward(factor / self.loss_scale, self._pending, move).mul_(self.grad_scale * factor)
 
 
@@ -459,20 +459,3 @@ class _HeadLoss(torch.autograd.Function):
         grad_BD = ctx.head._end(ctx.work, grad_value)
         ctx.work = None
         return grad_BD, None, None, None, None, None
-
-
-@contextmanager
-def _matmul_precision(kind: str) -> Iterator[None]:
-    """Precision of what is multiplied, for the head's own products only."""
-    if kind == "fp32":
-        yield
-        return
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend, name in zip(backends, ("bf16", "tf32"), strict=True):
-            backend.fp32_precision = name
-        yield
-    finally:
-        for backend, name in zip(backends, before, strict=True):
-            backend.fp32_precision = name

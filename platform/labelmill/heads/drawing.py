@@ -26,15 +26,20 @@ class Drawing:
     Attributes:
         screen: finds hard classes; None for other kinds of sampling.
         hard_count, uniform_count: classes of a step, over all ranks, that are hard and that are drawn uniformly.
+        probability: of a class to be drawn, other than as a hard one.
     """
 
     def __init__(self, config: HeadConfig, num_classes: int, start: int, stop: int, rows: ClassRows) -> None:
         self.config, self.num_classes, self.start, self.stop, self.rows = config, num_classes, start, stop, rows
         kind, count = config.sampling, round(config.sample_rate * num_classes)
-        hard = isinstance(kind, plan.HardSampling)
+        hard = isinstance(kind, plan.HardSampling) and config.sample_rate < 1
         self.screen = Screen(rows) if hard else None
         self.hard_count = max(1, round(kind.share * count)) if isinstance(kind, plan.HardSampling) else 0
         self.uniform_count = max(1, count) - self.hard_count
+        self.probability = self.uniform_count / num_classes
+        if isinstance(kind, plan.BlockSampling):
+            _, _, blocks = plan.dealt_blocks(num_classes, config.block_rows, kind.stride)
+            self.probability = max(1, round(config.sample_rate * blocks)) / blocks
         self._drawn: tuple[tuple[int, int], Any] | None = None  # (seed, step) and what was drawn for them
 
     def forget(self) -> None:
@@ -70,7 +75,8 @@ class Drawing:
         scaled = plan.of_groups(sections, group, len(self.rows))
         if not config.importance:
             return scaled, None
-        weight_S = x_ND.new_full((sections.total,), self.num_classes / max(1, self.uniform_count))
+        # with hard classes alone nothing is drawn, and every class is certain
+        weight_S = x_ND.new_full((sections.total,), 1.0 / self.probability if self.probability else 1.0)
         weight_S[sections.locate(sure_C)] = 1.0
         return scaled, weight_S.repeat_interleave(group)
 
@@ -82,7 +88,6 @@ class Drawing:
             return plan.drawn_blocks(*shape, seed, step, self.start, self.stop)
         if self.uniform_count < 1:
             return torch.empty(0, dtype=torch.int64, device=device)
-        rate = self.uniform_count / self.num_classes
-        classes = sampling.sampled_classes(self.num_classes, rate, seed, step)
+        classes = sampling.sampled_classes(self.num_classes, self.probability, seed, step)
         lo, hi = torch.searchsorted(classes, torch.tensor([self.start, self.stop])).tolist()
         return (classes[lo:hi] - self.start).to(device)

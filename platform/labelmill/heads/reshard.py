@@ -272,9 +272,11 @@ def load_with_map(
         else class_map(new_of_old_O, source.num_classes, head.num_classes)
     )
     check_merge(plan, merge)
-    if names == set(head.state_tensors()) and optimizer == "keep" and "steps" in source.notes:
+    tensors = head.state_tensors()
+    alike = names == set(tensors) and source.sub_centres == head.config.sub_centres and "steps" in source.notes
+    if optimizer == "keep" and alike:
         head.rows.protect(slice(0, len(head.rows)))
-        fill_classes(head.state_tensors(), source, plan, head.start, head.stop, merge, KeepRows())
+        fill_classes(tensors, source, plan, head.start, head.stop, merge, KeepRows())
         head.take_notes(source.notes)
         return plan
     step = max(1, PAGE_BYTES * 4 // (4 * head.dim * source.sub_centres))

@@ -413,7 +413,9 @@ class ShardedHead:
         except SampleError as error:
             at = locate(error.index, work.batch.counts, work.batch.first)
             refusal = SampleError(error.text, error.index, at)
-        except (DataError, NotFiniteError) as error:
+        except NotFiniteError:
+            refusal = self._bad_row()
+        except DataError as error:
             refusal = error
         if self.grid.replicas.world > 1:
             value, refused = self.grid.replicas.sum_(torch.stack([value, value.new_tensor(float(refusal is not None))]))
@@ -421,6 +423,17 @@ class ShardedHead:
         if refusal is not None:
             raise refusal
         return value
+
+    def _bad_row(self) -> NotFiniteError:
+        """What is wrong when sums over this replica's rows aren't finite. Collective over its ranks."""
+        row = self.rows.first_bad(self._scratch)
+        own = -1 if row < 0 else self.start + row // self.config.sub_centres
+        found = [number for (number,) in self.ranks.gather_numbers([own], self.device) if number >= 0]
+        if not found:
+            return NotFiniteError("logits of the head are too large: embeddings, class rows or head.scale")
+        return NotFiniteError(
+            f"class rows of the head hold NaN or infinite values, or a row of length zero: class {found[0]} first"
+        )
 
     def _end(self, work: HeadPass, grad_value: Tensor) -> Tensor:
         if self._summed:

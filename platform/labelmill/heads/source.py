@@ -262,7 +262,11 @@ def _open_named(folder: Path) -> RowSource:
     if not found:
         raise DataError(f"{folder}: holds no head: neither {INDEX} nor files rows-*.safetensors or head-*.safetensors.")
     entries: list[dict[str, Any]] = [{"file": name, "start": int(m[1]), "stop": int(m[2])} for name, m in found]
-    ordered = check_cover(entries, max(entry["stop"] for entry in entries), folder)
+    count = max(entry["stop"] for entry in entries)
+    for name, _ in found:  # a save that was cut off may lack files at the end
+        _, noted, _, _ = read_header(folder / name, "classes of the head")
+        count = max(count, int(noted.get("num_classes", 0)))
+    ordered = check_cover(entries, count, folder)
     specs, notes, files = dict[str, TensorSpec](), dict[str, Any](), list[RowFile]()
     for entry in ordered:
         named, metadata, _, size = read_header(folder / entry["file"], "classes of the head")

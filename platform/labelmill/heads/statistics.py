@@ -136,7 +136,7 @@ class HeadPass:
         stats_NQ[self.pairs.sample_K, 1 + extra + self.pairs.column_K] = sims_K
         ranks.sum_(stats_NQ)
         if not bool(torch.isfinite(stats_NQ).all()):
-            raise NotFiniteError("class rows of the head hold NaN or infinite values, or a row of length zero")
+            raise NotFiniteError("sums over class rows are not finite")
         value, by_total_N, by_sum_N, by_sim_NP = self._loss(stats_NQ, for_backward)
         if not for_backward:
             self._release()

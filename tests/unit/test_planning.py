@@ -28,6 +28,7 @@ from labelmill.planning.spec import ClusterSpec, read_spec
 from labelmill.planning.trace import EncoderCost, PeakMemory, trace_encoder, trace_head
 from labelmill.training.config import TrainConfig
 
+HARD = HeadConfig(sampling=HardSampling(), sample_rate=0.01)
 VIT = EncoderCost(512, 86_000_000, 86_000_000, 35e9, 105e9, 800, 120e6, 150_528)
 JOB = Path("workloads/discrimination/jobs/spelling-small.yaml")
 
@@ -283,7 +284,10 @@ def test_time_follows_the_head() -> None:
     assert seconds(rows_dtype="bf16+master")["row update"] > plain["row update"]
     hard = seconds(sampling=HardSampling(), sample_rate=0.01)
     assert "hard screen" not in plain
-    assert 0 < hard["hard screen"] < plain["head products"]
+    assert hard["hard screen"] > 0
+    half = estimate(replace(narrow_setup(), num_classes=25_000_000, head=HARD), machine).seconds
+    whole = estimate(replace(narrow_setup(), head=HARD), machine).seconds
+    assert whole["hard screen"] == pytest.approx(2 * half["hard screen"], rel=0.01), "all classes are looked at"
 
 
 def test_advice_on_rows_and_products() -> None:

@@ -17,6 +17,7 @@ from labelmill.heads.config import HeadConfig
 from labelmill.heads.plan import HardSampling
 from labelmill.heads.ranks import check_shards
 from labelmill.heads.sampling import block_size
+from labelmill.heads.screen import CHUNK as SCREEN_CHUNK
 from labelmill.heads.statistics import ACCELERATOR_FACTOR, UPDATE_ELEMENTS, chunk_rows, needs_maximum
 from labelmill.heads.traffic import Collective, head_collectives, sent_bytes
 from labelmill.planning.spec import ClusterSpec, Precision
@@ -288,7 +289,7 @@ class Machine(Protocol):
     def collective(self, item: Collective, setup: Setup) -> float: ...
 
 
-SCREEN_BYTES = 8  # a 32-bit product is written and read
+LAUNCHES_A_SCREEN = 4  # its products stay in cache
 LOGIT_BYTES = 20  # a logit is written, its exponential read and written, and read by two products
 LAUNCHES_A_CHUNK, LAUNCHES_A_MICRO_BATCH = 20, 80
 
@@ -323,8 +324,8 @@ class SheetMachine:
         if setup.screened:
             # 8-bit products are at least as fast as the fastest that the cluster names
             rate = max(spec.flops(name, "head") for name in spec.tflops)
-            looked_at = setup.rows * setup.dim + SCREEN_BYTES * setup.samples * setup.rows
-            parts["hard screen"] = 2 * setup.screened / rate + looked_at / spec.memory_rate
+            starts = LAUNCHES_A_SCREEN * setup.rows / SCREEN_CHUNK * spec.launch_us * 1e-6
+            parts["hard screen"] = 2 * setup.screened / rate + setup.rows * setup.dim / spec.memory_rate + starts
         return parts
 
     def row_update(self, setup: Setup) -> float:

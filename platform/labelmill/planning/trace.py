@@ -180,9 +180,9 @@ def trace_head(config: HeadConfig, dim: int, positives: int = 1) -> HeadCost:
     Logits kept for the backward pass are left out: `memory_mb` limits them.
     """
     rate = 1.0 if config.sample_rate >= 1 else 0.5
-    return _trace_head(
-        config.model_copy(update={"memory_mb": 0.0, "shards": None, "sample_rate": rate}), dim, positives
-    )
+    # what changes no tensor's size shall not be traced again
+    same = {"memory_mb": 0.0, "shards": None, "sample_rate": rate, "matmul": "fp32", "initial": None}
+    return _trace_head(config.model_copy(update=same), dim, positives)
 
 
 @lru_cache(maxsize=32)

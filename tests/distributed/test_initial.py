@@ -14,6 +14,7 @@ import yaml
 
 from labelmill import api
 from labelmill.cluster import ClusterError
+from labelmill.data import store
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest, load_manifest
 from labelmill.data.spec import StreamSpec
@@ -127,12 +128,30 @@ def test_places_and_label_spaces(night: Path, tmp_path: Path) -> None:
         assert find(given, today, work).digest == want.digest
     (tmp_path / "map.csv").write_text("old,new\n0,1\n3,0\n")
     assert find({"checkpoint": str(fit), "classes": str(tmp_path / "map.csv")}, today, work).kept == 2
+    rows = find({"checkpoint": str(fit / "export/head-classes"), "encoder": "fresh"}, today, work)
+    assert (rows.kept, rows.checkpoint) == (54, None)
     ids = find({"checkpoint": str(fit), "classes": "ids"}, today, work)
     assert (ids.kept, ids.fresh, ids.dropped) == (56, 0, 4)
     assert want.model_dump(mode="json").keys() == {"digest", "merge", "optimizer", "kept", "fresh", "dropped"}
     bare = make_data(tmp_path / "bare", TODAY, bare=True)
     head = shutil.copytree(step_of(fit) / "head-classes", tmp_path / "alone/head-classes")
     assert find({"checkpoint": str(head), "encoder": "fresh"}, bare, work).kept == 56, "no names anywhere: ids stay"
+
+
+def test_a_checkpoint_in_a_bucket(night: Path, tmp_path: Path, s3_store: str) -> None:
+    fit, today = night / "run/stages/fit-0", load_manifest(night / "today")
+    for file in (path for path in fit.rglob("*") if path.is_file()):
+        store.write_bytes(store.join("s3://data", str(file.relative_to(fit))), file.read_bytes())
+    uri = f"s3://data/checkpoints/{step_of(fit).name}"
+    start = find({"checkpoint": uri}, today, tmp_path / "initial")
+    assert start.digest == find({"checkpoint": str(fit)}, today, tmp_path / "initial").digest
+    assert Path(start.folder).is_relative_to(tmp_path)
+    alone = find(
+        {"checkpoint": f"{uri}/head-classes", "classes": "ids", "encoder": "fresh"}, today, tmp_path / "initial"
+    )
+    assert alone.kept == 56
+    with pytest.raises(DataError, match="nothing holds neither a checkpoint nor a saved head"):
+        find({"checkpoint": "s3://data/nothing"}, today, tmp_path / "initial")
 
 
 def test_what_is_refused(night: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from labelmill.heads.storage import write_index
 from labelmill.training.engine import Engine
 from labelmill.training.objective import Objective
 
-CHECKPOINT_INDEX = "checkpoint.json"
+_INDEX = "checkpoint.json"
 _POLL_S = 0.05
 
 
@@ -188,7 +188,7 @@ def _commit(part: Path, target: Path, world: int, content: Mapping[str, Any], ke
         (part / f"part-{rank}.json").unlink()
     listed = [*part.rglob("*.safetensors"), *part.rglob("head.json")]
     files = {str(f.relative_to(part)): f.stat().st_size for f in sorted(listed)}
-    _write_json(part / CHECKPOINT_INDEX, dict(content) | {"files": files})
+    _write_json(part / _INDEX, dict(content) | {"files": files})
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     _sync(target.parent)
@@ -230,7 +230,7 @@ def _complete(root: Path) -> list[Path]:
     """Checkpoints whose every file is there with its recorded size, oldest first."""
     found = []
     for folder in sorted(root.glob("step-*")):
-        index = folder / CHECKPOINT_INDEX
+        index = folder / _INDEX
         if not index.is_file():
             continue
         files = json.loads(index.read_text(encoding="utf-8"))["files"]
@@ -247,7 +247,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The checkpoint's JSON."""
-    return json.loads((folder / CHECKPOINT_INDEX).read_text(encoding="utf-8"))
+    return json.loads((folder / _INDEX).read_text(encoding="utf-8"))
 
 
 def read_dense(folder: Path) -> dict[str, Tensor]:

@@ -28,11 +28,12 @@ from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.source import RowSource, open_rows
 from labelmill.heads.storage import INDEX
 from labelmill.job import StrictModel
-from labelmill.training.checkpoint import CHECKPOINT_INDEX, latest_checkpoint, read_dense, read_index
+from labelmill.training.checkpoint import latest_checkpoint, read_dense, read_index
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.objective import Objective
 
 NAMES = "classes.arrow"
+CHECKPOINT = "checkpoint.json"
 COPY_BYTES = 64 * 2**20
 
 
@@ -140,7 +141,7 @@ def _locate(place: str, head: str, work: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise DataError(f"head.initial.checkpoint: {path}: no such folder.")
     if (path / INDEX).is_file() or any(path.glob("rows-*.safetensors")) or any(path.glob("head-*.safetensors")):
-        return path, path.parent if (path.parent / CHECKPOINT_INDEX).is_file() else None
+        return path, path.parent if (path.parent / CHECKPOINT).is_file() else None
     checkpoints = list(_checkpoints(path))
     if not checkpoints:
         raise DataError(
@@ -157,7 +158,7 @@ def _locate(place: str, head: str, work: Path) -> tuple[Path, Path | None]:
 
 def _checkpoints(path: Path) -> Iterator[Path]:
     """The newest checkpoint of every training below a checkpoint, a folder of checkpoints, a stage or a run."""
-    if (path / CHECKPOINT_INDEX).is_file():
+    if (path / CHECKPOINT).is_file():
         yield path
         return
     for root in [path, path / "checkpoints", *sorted(path.glob("stages/*/checkpoints"))]:
@@ -170,16 +171,19 @@ def _fetch(uri: str, head: str, work: Path) -> Path:
     wanted = [
         name
         for name in store.list_files(uri)
-        if name in (CHECKPOINT_INDEX, "dense.safetensors", "optimizer.safetensors", INDEX, NAMES)
+        if name in (CHECKPOINT, "dense.safetensors", "optimizer.safetensors", INDEX, NAMES)
         or name.startswith(f"head-{head}/")
         or ("/" not in name and name.startswith(("head-", "rows-")))
     ]
     if not wanted:
         raise DataError(f"head.initial.checkpoint: {uri} holds neither a checkpoint nor a saved head.")
     target = work / hashlib.sha256(uri.encode()).hexdigest()[:12]
-    for name in wanted:
-        path, size = store.join(uri, name), store.size(store.join(uri, name))
-        local = target / name
+    places = {name: store.join(uri, name) for name in wanted}
+    beside = store.join(uri.rstrip("/").rsplit("/", 2)[0], NAMES)  # beside the folder of checkpoints
+    if CHECKPOINT in wanted and store.exists(beside):
+        places[NAMES] = beside
+    for name, path in places.items():
+        size, local = store.size(path), target / name
         if local.is_file() and local.stat().st_size == size and name.endswith(".safetensors"):
             continue
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +241,7 @@ def _class_map(initial: InitialHead, source: RowSource, data: Manifest) -> Class
 
 def _old_names(source: RowSource) -> pa.ChunkedArray | None:
     """Names noted beside a saved head or the checkpoints of its training."""
-    for folder in (source.folder, source.folder.parent, source.folder.parent.parent.parent):
+    for folder in (source.folder, *source.folder.parents[:3]):
         if (folder / NAMES).is_file():
             return read_names(folder / NAMES)
     return None

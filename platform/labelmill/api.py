@@ -62,7 +62,7 @@ def plan(
     classes: int | None = None,
     workers: int | None = None,
     batch_per_worker: int | None = None,
-    head_precision: str = "fp32",
+    head_precision: str | None = None,
 ) -> tuple[Estimate, list[Advice]]:
     """What a job needs on a cluster (a SPEC as on the command line, or `local`), and what to change."""
     from labelmill.planning.command import plan_job
@@ -78,7 +78,7 @@ def plan_table(
     workers: Sequence[int] = (),
     overrides: Sequence[str] = (),
     batch_per_worker: int | None = None,
-    head_precision: str = "fp32",
+    head_precision: str | None = None,
 ) -> list[Estimate]:
     """The plan for every number of classes and workers, each with its fastest layout that fits."""
     from labelmill.planning.command import tabulate

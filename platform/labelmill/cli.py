@@ -88,7 +88,9 @@ def plan(
     batch: Annotated[
         int | None, typer.Option("--batch-per-worker", min=1, help="instead of train.global_batch: of a micro batch")
     ] = None,
-    head_precision: Annotated[str, typer.Option(help="of the head's matrix products: fp32, tf32 or bf16")] = "fp32",
+    head_precision: Annotated[
+        str | None, typer.Option(help="of the head's matrix products: fp32, tf32 or bf16; default: head.matmul's")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
 ) -> None:
     """Say what a job needs on a cluster: memory, communication, time of a step, and what to change."""

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -37,6 +37,9 @@ from labelmill.tracking.model import ClassPrior
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version
 from labelmill.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from labelmill.training.initial import HeadStart
 
 log = logging.getLogger("labelmill")
 
@@ -97,8 +100,12 @@ class Run:
         predict: Mapping[str, AnySpec] | None = None,
         augment: bool = False,
         seed: int | None = None,
+        initial: Mapping[str, HeadStart] | None = None,
     ) -> Fitted:
-        """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`."""
+        """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`.
+
+        `initial` says what heads go on from (`training.initial.find_start`), by name.
+        """
         from labelmill.training.fit import fit
         from labelmill.training.worker import FitTask
 
@@ -115,6 +122,7 @@ class Run:
             use_gpu=cluster.gpus_per_worker > 0,
             threads=max(1, int(cluster.cpus_per_worker)),
             read_cpus=cluster.read_cpus,
+            initial=dict(initial or {}),
         )
         folder.mkdir(parents=True, exist_ok=True)
         # what a killed driver hadn't sent yet; MLflow drops the points that it has

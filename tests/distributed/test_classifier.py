@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,11 @@ from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, load_manifest
 from labelmill.data.spec import StreamSpec
 from labelmill.data.writer import ShardWriter
-from labelmill.encoders import CharNgramsConfig, build_encoder
+from labelmill.encoders import CharNgramsConfig, LinearConfig, build_encoder
+from labelmill.heads.batch import NotFiniteError
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.source import open_rows
+from labelmill.training.checkpoint import read_dense, read_index
 from labelmill.training.config import TrainConfig
 from labelmill.training.events import ListSink
 from labelmill.training.local import spawn
@@ -104,3 +108,66 @@ def test_clustering_on_ray_equals_the_reference(tmp_path: Path, ray_session: Non
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(6))
     best = max(reference(torch.nn.functional.normalize(emb[valid]), 6, 8, seed).mean_cosine[-1] for seed in range(3))
     assert cosines[-1] > best - 0.1
+
+
+def train_on_numbers(rank: int, world: int, data: str, work: str) -> list[dict[str, Any]]:
+    """A job's worker over arrays of which one holds a NaN, with one step that may be left out and with none."""
+    manifest, found = load_manifest(data), []
+    head = HeadConfig(scale=12.0, sample_rate=0.5, block_rows=16)
+    for allowed in (1, 0):
+        task = FitTask(
+            partial(Classifier, LinearConfig(field="numbers", in_dim=6, dim=8), head, 40, 1),
+            TrainConfig(
+                global_batch=8,
+                steps=6,
+                learning_rate=0.05,
+                log_every=1,
+                checkpoint_every=1,
+                keep_checkpoints=9,
+                max_skipped_steps=allowed,
+            ),
+            StreamSpec(manifest, "numbers", 8, seed=2, window=2),
+            work=Path(work) / str(allowed),
+            seed=1,
+            transport="local",
+        )
+        sink, error = ListSink(), ""
+        try:
+            run_worker(task, rank, world, sink)
+        except NotFiniteError as raised:
+            error = str(raised)
+        skipped = [e["values"].get("train/skipped_steps", 0) for e in sink.events if e["kind"] == "metrics"]
+        found.append({"error": error, "skipped": skipped})
+    return found
+
+
+def test_a_job_leaves_steps_with_nan_out_and_stops_after_its_limit(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    label = LabelSpec(form="single", num_classes=40)
+    with ShardWriter(tmp_path / "data", "numbers", {"numbers": FieldSpec(kind="array", ext="npy")}, label) as writer:
+        for i in range(48):
+            numbers = generator.standard_normal(6).astype(np.float32)
+            if i == 20:
+                numbers[2] = np.nan
+            writer.write(f"s{i:02d}", {"numbers": numbers}, {"label": i % 40})
+        writer.close()
+    both = spawn(train_on_numbers, 2, str(tmp_path / "data"), str(tmp_path / "work"))
+    for number, allowed in enumerate((1, 0)):
+        ranks = [found[number] for found in both]
+        folders = sorted((tmp_path / "work" / str(allowed) / "checkpoints").glob("step-*"))
+        if allowed:
+            assert ranks[0]["error"] == ranks[1]["error"] == ""
+            assert ranks[0]["skipped"][-1] == 1
+            at = ranks[0]["skipped"].index(1)
+            assert [read_index(folder)["skipped"] for folder in folders] == [int(step >= at) for step in range(6)]
+            states = [open_rows(folder / "head-classes").read(0, 40) for folder in folders]
+            denses = [read_dense(folder) for folder in folders]
+            for step in range(1, 6):
+                same = [torch.equal(states[step][n], states[step - 1][n]) for n in states[step]]
+                same += [torch.equal(denses[step][n], denses[step - 1][n]) for n in denses[step] if "weight" in n]
+                assert all(same) if step == at else not any(same), step
+        else:
+            assert ranks[0]["error"] == ranks[1]["error"]
+            assert "the embedding of sample" in ranks[0]["error"]
+            assert "train.max_skipped_steps is 0" in ranks[0]["error"]
+            assert len(folders) == at, "the last checkpoint is the one before the step"

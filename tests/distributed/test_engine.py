@@ -10,6 +10,8 @@ import torch
 
 from labelmill.data.labels import Labels
 from labelmill.data.stream import Batch
+from labelmill.errors import DataError
+from labelmill.heads.batch import NotFiniteError
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.optim import SGD, AdamW
 from labelmill.heads.plan import BlockSampling, UniformSampling
@@ -19,7 +21,7 @@ from labelmill.training.checkpoint import Position, latest_checkpoint, read_dens
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.local import spawn
-from labelmill.training.loop import NotFiniteError, train
+from labelmill.training.loop import train
 from labelmill.training.objective import Losses, Objective
 
 CLASSES, DIM, INPUT = 203, 16, 12
@@ -264,6 +266,13 @@ def with_bad_batch(rank: int, world: int, cases: list[tuple[int, int]]) -> list[
             batch.inputs[1, 0] = torch.nan
         with pytest.raises(NotFiniteError, match=r"step 2: the embedding of sample 1 .* 1 steps were left out"):
             train(engine, iter(bad), config, start, 2, None, lambda position: None)
+        with pytest.raises(NotFiniteError, match=r"step 1: .* 1 steps were left out"):  # also those before a restart
+            train(engine, iter(bad), config, Position(0, 0, "toy", skipped=1), 2, None, lambda position: None)
+    wrong = make_batch(0, 12, rank, world)
+    if rank == world - 1:
+        wrong.labels.ids_BP[1] = CLASSES
+    with pytest.raises(DataError, match=rf"label {CLASSES} of sample 1 of rank {world - 1}.* sample's key is '1'"):
+        train(engine, iter([wrong] * 6), config, start, 2, None, lambda position: None)
     return results
 
 

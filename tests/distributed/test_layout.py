@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labelmill.data.labels import Labels
 from labelmill.errors import DataError, JobError
 from labelmill.heads import statistics
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.counts import label_ranks
 from labelmill.heads.optim import SGD, AdamW
 from labelmill.heads.plan import BlockSampling, HardSampling
 from labelmill.heads.ranks import check_shards
@@ -22,7 +24,7 @@ from labelmill.heads.sampling import sampled_classes
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.storage import write_index
 from labelmill.heads.traffic import head_collectives, sent_bytes, tcp_bytes_sent
-from labelmill.losses.classification import MLCD
+from labelmill.losses.classification import MLCD, SmoothedSoftmax, SoftTargets
 from labelmill.losses.margins import ArcFace, CosFace
 from labelmill.training.local import spawn
 
@@ -36,6 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "arcface sampled": {"margin": ArcFace(m=0.3), "sample_rate": 0.1},
     "mlcd sampled": {"loss": MLCD(), "sample_rate": 0.05, "memory_mb": 0.0},
     "linear sampled": {"normalize": False, "scale": 2.0, "sample_rate": 0.2},
+    "soft": {"loss": SoftTargets(), "margin": CosFace(m=0.1)},
+    "soft sampled": {"loss": SoftTargets(), "sample_rate": 0.1, "memory_mb": 0.0},
+    "soft without tail, linear": {"loss": SoftTargets(tail="drop"), "normalize": False, "sample_rate": 0.3},
+    "smoothed": {"loss": SmoothedSoftmax(smoothing=0.2)},
+    "smoothed sampled": {"loss": SmoothedSoftmax(), "sample_rate": 0.1, "importance": True},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "hard": {"loss": MLCD(), "sample_rate": 0.1, "sampling": HardSampling(share=0.5), "importance": True},
@@ -68,11 +75,17 @@ class Data:
         self.ids_NP = torch.stack([torch.randperm(CLASSES, generator=generator)[:positives] for _ in range(count)])
         self.ids_NP[2] = self.ids_NP[1]
         self.ids_NP[3] = -1
+        share_NP = torch.rand(self.ids_NP.shape, dtype=torch.float64, generator=generator) + 0.1
+        # weights of soft labels: exact in float32, and together less than 1
+        self.target_NP = (0.8 * share_NP / share_NP.sum(dim=1, keepdim=True)).float().double()
         lo = sum(SPLITS[world][:rank])
         self.mine = slice(lo, lo + SPLITS[world][rank])
 
     def loss(self, head: ShardedHead, x_BD: Tensor) -> Tensor:
-        return head.loss(x_BD, self.ids_NP[self.mine], self.weight_N[self.mine])
+        ids: Any = self.ids_NP[self.mine]
+        if head.config.loss.soft:
+            ids = Labels("soft", ids, weights_BP=self.target_NP[self.mine].float())
+        return head.loss(x_BD, ids, self.weight_N[self.mine])
 
 
 def dense_loss(w_CD: Tensor, data: Data, x_ND: Tensor, config: HeadConfig, drawn: Tensor) -> Tensor:
@@ -93,7 +106,20 @@ def dense_loss(w_CD: Tensor, data: Data, x_ND: Tensor, config: HeadConfig, drawn
     for n in used_N.nonzero()[:, 0]:
         negative = config.scale * sim_NC[n, present_C & ~own_NC[n]]
         positive = config.scale * moved_NC[n, own_NC[n]]
-        if isinstance(config.loss, MLCD):
+        count = torch.ones_like(negative)
+        if config.importance:  # a class that is nobody's positive counts 1 / its probability
+            certain_C = torch.zeros(CLASSES, dtype=torch.bool)
+            certain_C[data.ids_NP[used_N].flatten()] = True
+            count[~certain_C[present_C & ~own_NC[n]]] = CLASSES / len(drawn)
+        lse = torch.log(positive.exp().sum() + (count * negative.exp()).sum())
+        if isinstance(config.loss, SoftTargets):
+            q = data.target_NP[n, data.ids_NP[n].argsort()]  # own classes stand in the order of their ids
+            q = q / q.sum() if config.loss.tail == "drop" else q
+            value = (q * (lse - positive)).sum() + (1 - q.sum()) * (lse - (count * negative).sum() / count.sum())
+        elif isinstance(config.loss, SmoothedSoftmax):
+            mean = (positive.sum() + (count * negative).sum()) / (1 + count.sum())
+            value = lse - (1 - config.loss.smoothing) * positive[0] - config.loss.smoothing * mean
+        elif isinstance(config.loss, MLCD):
             value = torch.log1p(negative.exp().sum()) + torch.log1p((-positive).exp().sum())
         else:
             value = -torch.log_softmax(torch.cat([positive, negative]), 0)[0]
@@ -125,7 +151,7 @@ def check_dense_equality(rank: int, world: int, shards: int) -> None:
         assert head.grid.replicas.world * head.ranks.world == world
         w_CD = whole(head, head.w_CD).clone().requires_grad_()
         for micro in range(2):  # the second adds to the first, with other positives
-            data = Data(rank, world, 3 if "mlcd" in name else 1, seed=10 * seed + micro)
+            data = Data(rank, world, 3 if name.startswith(("mlcd", "soft")) else 1, seed=10 * seed + micro)
             x_ND = data.x_ND.clone().requires_grad_()
             want = dense_loss(w_CD, data, x_ND, head.config, drawn_classes(head))
             (want / 2).backward()
@@ -158,9 +184,27 @@ def check_errors_reach_every_rank(rank: int, world: int, shards: int) -> None:
         head.loss(broken if last else x_BD, good)
     with pytest.raises(DataError, match=rf"label {CLASSES} of sample 2 of rank {world - 1}"):
         head.loss(x_BD, torch.tensor([1, 2, CLASSES]) if last else good)
-    with pytest.raises((DataError, FloatingPointError), match=r"one positive a sample|another replica"):
+    with pytest.raises(DataError, match=rf"one positive a sample, sample 0 of rank {world - 1}'s batch has 2"):
         head.loss(x_BD, torch.tensor([[1, 2], [3, -1], [4, -1]]) if last else good[:, None])
+    kept = head.w_CD.clone()
+    if rank == 0 and len(kept):
+        head.w_CD[-1, 0] = torch.nan  # in the first replica alone
+    with pytest.raises(FloatingPointError, match="class rows of the head hold NaN"):
+        head.loss(x_BD, good)
+    head.w_CD.copy_(kept)
     assert torch.isfinite(head.loss(x_BD, good))
+    # also where nothing is trained: evaluation has the same number of batches on all ranks
+    for wrong in (CLASSES, -2):
+        with pytest.raises(DataError, match=rf"label {wrong} of sample 1 of rank {world - 1}'s batch is out of range"):
+            label_ranks(head, x_BD, torch.tensor([[1, 2], [2, wrong], [3, -1]]) if last else good)
+    for query in (lambda x: label_ranks(head, x, good), lambda x: head.topk(x, 2)):
+        with pytest.raises(FloatingPointError, match=f"embedding of sample 1 of rank {world - 1}'s batch"):
+            query(broken if last else x_BD)
+    assert label_ranks(head, x_BD[:0] if last else x_BD, good[:0] if last else good).rank_BP.shape[1] == 1
+    soft = make(shards, loss=SoftTargets())
+    weights = torch.tensor([[0.5], [1.5], [0.1]]) if last else torch.full((3, 1), 0.9)
+    with pytest.raises(DataError, match=rf"label weights of sample 1 of rank {world - 1}'s batch add up to 1\.5"):
+        soft.loss(x_BD, Labels("soft", good[:, None], weights_BP=weights))
 
 
 def check_replicas_are_mended(rank: int, world: int, shards: int, folder: str) -> None:

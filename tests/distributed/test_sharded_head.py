@@ -214,6 +214,10 @@ def drawn_weight(head: ShardedHead) -> float:
     config = head.config
     if not config.importance or config.sample_rate >= 1:
         return 1.0
+    if isinstance(config.sampling, BlockSampling):
+        size = block_size(head.num_classes, config.block_rows)
+        blocks = -(-head.num_classes // size) * min(config.sampling.stride, size)
+        return blocks / max(1, round(config.sample_rate * blocks))
     return head.num_classes / len(drawn_classes(head))
 
 
@@ -259,7 +263,11 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "ldr linear": (1003, 1, {"loss": LDR(lam=0.3), "normalize": False, "scale": 1.0}),
     "blocks": (1003, 1, {"sampling": BlockSampling(), "sample_rate": 0.2}),
     "blocks strided": (1003, 4, {"sampling": BlockSampling(stride=3), "sample_rate": 0.2, "loss": MLCD()}),
-    "blocks importance": (997, 1, {"sampling": BlockSampling(stride=2), "sample_rate": 0.25, "importance": False}),
+    "blocks importance": (997, 1, {"sampling": BlockSampling(stride=2), "sample_rate": 0.25, "importance": True}),
+    "few blocks, importance": (640, 1, {"sampling": BlockSampling(), "sample_rate": 0.021, "importance": True}),
+    "hard, one class": (1, 1, {"sampling": HardSampling(), "sample_rate": 0.5, "importance": True}),
+    "blocks, one class": (1, 1, {"sampling": BlockSampling(stride=3), "sample_rate": 0.5}),
+    "hard, two classes": (2, 1, {"sampling": HardSampling(share=1.0), "sample_rate": 1.0}),
     "softmax importance": (1003, 1, {"sample_rate": 0.1, "importance": True, "memory_mb": 0.0}),
     "sub-centres": (401, 1, {"sub_centres": 3, "margin": ArcFace(m=0.3)}),
     "sub-centres sampled": (401, 3, {"sub_centres": 2, "sample_rate": 0.3, "loss": MLCD(), "memory_mb": 0.0}),
@@ -611,14 +619,17 @@ def check_bad_input(rank: int, world: int, folder: str) -> None:
     kept = head.w_CD.clone()
     if rank == last and len(kept):
         head.w_CD[-1, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match="class rows"):
+    with pytest.raises(FloatingPointError, match=r"class rows .* class 49 first"):
         head.loss(x_BD, good)
     head.w_CD.copy_(kept)
     if rank == last and len(kept):
-        head.w_CD[-1] = 0.0
-    with pytest.raises(FloatingPointError, match="length zero"):
+        head.w_CD[-2] = 0.0
+    with pytest.raises(FloatingPointError, match="length zero: class 48 first"):
         head.loss(x_BD, good)
     head.w_CD.copy_(kept)
+    plain = make(50, normalize=False, scale=1e300)
+    with pytest.raises(FloatingPointError, match="logits of the head are too large"):
+        plain.loss(x_BD * 1e30, good)
     assert torch.isfinite(head.loss(x_BD, good))
     assert head.loss(x_BD, torch.full((3,), -1), torch.zeros(3)).item() == 0.0  # nothing but holes
     assert head.loss(x_BD[:0], good[:0]).item() == 0.0  # no samples at all

@@ -22,6 +22,7 @@ from labelmill.heads.optim import LAMB, SGD, Lag
 from labelmill.heads.plan import BlockSampling, HardSampling, UniformSampling
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.topk import topk_rows
+from labelmill.heads.traffic import head_collectives
 from labelmill.losses.classification import MLCD, SoftTargets
 from labelmill.losses.margins import CosFace
 
@@ -224,7 +225,7 @@ def test_screen_follows_the_rows() -> None:
         head.begin_step(0.5)
         head.loss(torch.randn(6, 12, requires_grad=True), torch.randint(203, (6,))).backward()
         head.step(0.5)
-    screen = head._screen
+    screen = head._drawing.screen
     assert screen is not None
     unit = screen.q_CD.float() * screen.scale_C[:, None]
     assert (unit - F.normalize(head.w_CD)).abs().max() < 1 / 200
@@ -248,3 +249,36 @@ def test_export_is_unit_rows(tmp_path: Path) -> None:
     assert rows.dtype == torch.float16
     torch.testing.assert_close(rows.float(), F.normalize(head.w_CD), rtol=0, atol=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == [entry["file"]]  # nothing half-written stays
+
+
+def test_the_table_of_traffic_in_the_readme_is_that_of_the_code() -> None:
+    """Names, axes, collectives and bytes, with and without replicas; two numbers each pin a formula down."""
+    text = Path("platform/README.md").read_text(encoding="utf-8")
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    table = {cells[0].split(",")[0]: cells for cells in lines if len(cells) == 5 and "all-" in cells[2]}
+    found = {}
+    for shards, replicas in ((4, 1), (2, 3)):
+        for item in head_collectives(7, 2, 16, 50, shards, replicas, maximum=True, hard=(300, 20)):
+            found[item.what] = (item.axis, item.kind.replace("_", "-"), item.each)
+            b, p, d, u, c, h, s, r = 7, 2, 16, 50, 300, 20, shards, replicas
+            w, n = s * r, s * b
+            ring_s, ring_r = 2 * (s - 1) / s, 2 * (r - 1) / r
+            formulas = {
+                "(W−1) · 56; with replicas · 64": (w - 1) * (56 if r == 1 else 64),
+                "(S−1) · B (4 D + 8 (P+1))": (s - 1) * b * (4 * d + 8 * (p + 1)),
+                "(W−1) · 8 B (P+1)": (w - 1) * 8 * b * (p + 1),
+                "(S−1) · 4 B D": (s - 1) * 4 * b * d,
+                "2 (R−1)/R · 4": ring_r * 4,
+                "2 (R−1)/R · 4 C": ring_r * 4 * c,
+                "(S−1) · 8": (s - 1) * 8,
+                "(S−1) · 4 H": (s - 1) * 4 * h,
+                "2 (S−1)/S · 4 N": ring_s * 4 * n,
+                "2 (S−1)/S · 4 N (1+P)": ring_s * 4 * n * (1 + p),
+                "2 (S−1)/S · 4 N D": ring_s * 4 * n * d,
+                "2 (R−1)/R · 8": ring_r * 8,
+                "2 (R−1)/R · 4 U D": ring_r * 4 * u * d,
+            }
+            assert item.sent == pytest.approx(formulas[table[item.what][3]]), item.what
+    assert {name: (cells[1], cells[2], cells[4]) for name, cells in table.items()} == found

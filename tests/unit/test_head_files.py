@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,17 @@ def test_a_head_trains_while_it_is_saved(tmp_path: Path, small_pages: None, monk
             again.load(folder)
             assert torch.equal(again.w_CD, want["rows"])
             assert again.steps == 2
+
+
+def test_a_save_that_was_cut_off_is_no_smaller_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an index the files are read by their names; what is missing at the end is noticed all the same."""
+    monkeypatch.setattr(storage, "write_rows", partial(write_rows, file_bytes=1))
+    monkeypatch.setattr(storage, "PAGE_BYTES", 20_000)
+    head = ShardedHead(CLASSES, DIM, HeadConfig())
+    head.save(tmp_path)  # the index is written by whoever gathers the ranks' parts
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert open_rows(tmp_path).num_classes == CLASSES
+    files[-1].unlink()
+    with pytest.raises(DataError, match=r"no file holds the classes \[\d+, 1003\) of the head"):
+        open_rows(tmp_path)

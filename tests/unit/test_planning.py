@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 
 from labelmill import api
 from labelmill.cli import app
+from labelmill.data.labels import Labels
 from labelmill.encoders import build_encoder
 from labelmill.errors import ClusterError, JobError
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.optim import SGD, Adagrad, AdamW
+from labelmill.heads.plan import HardSampling
 from labelmill.heads.sharded import ShardedHead
+from labelmill.losses.classification import SoftTargets
 from labelmill.planning.advice import advise, best_layout, verdict
 from labelmill.planning.estimate import Setup, SheetMachine, change, estimate, memory, traffic
 from labelmill.planning.probe import fit, probe
@@ -25,6 +28,7 @@ from labelmill.planning.spec import ClusterSpec, read_spec
 from labelmill.planning.trace import EncoderCost, PeakMemory, trace_encoder, trace_head
 from labelmill.training.config import TrainConfig
 
+HARD = HeadConfig(sampling=HardSampling(), sample_rate=0.01)
 VIT = EncoderCost(512, 86_000_000, 86_000_000, 35e9, 105e9, 800, 120e6, 150_528)
 JOB = Path("workloads/discrimination/jobs/spelling-small.yaml")
 
@@ -111,29 +115,55 @@ def test_encoder_is_traced() -> None:
     assert vit.activation_bytes > 20 * vit.input_bytes
 
 
-@pytest.mark.parametrize("optimizer", [SGD(momentum=0.9), SGD(momentum=0.0), AdamW(), Adagrad()])
-def test_bytes_of_a_row_are_those_of_the_head(optimizer: Any) -> None:
-    config = HeadConfig(optimizer=optimizer, sample_rate=0.2)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer": SGD(momentum=0.9)},
+        {"optimizer": SGD(momentum=0.0)},
+        {"optimizer": AdamW()},
+        {"optimizer": Adagrad()},
+        {"sub_centres": 3},
+        {"rows_dtype": "bf16"},
+        {"rows_dtype": "bf16+master", "sub_centres": 2, "optimizer": AdamW()},
+    ],
+)
+def test_bytes_of_a_row_are_those_of_the_head(fields: dict[str, Any]) -> None:
+    config = HeadConfig(sample_rate=0.2, **fields)
     head = ShardedHead(1000, 24, config)
-    held = sum(t.numel() * t.element_size() for t in head.state_tensors().values())
-    assert trace_head(config, 24).row_bytes == pytest.approx(held / 1000)
+    tensors = head.state_tensors()
+    held = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert trace_head(config, 24).class_bytes == pytest.approx(held / 1000)
+    parts = memory(Setup(replace(VIT, dim=24), config, 1000, TrainConfig(global_batch=8, steps=1), 1), h100())
+    rows = tensors["rows"]
+    assert parts["class rows"] == rows.numel() * rows.element_size()
+    assert parts["row optimizer"] == pytest.approx(held - parts["class rows"])
 
 
-@pytest.mark.parametrize("rate", [0.1, 1.0])
-@pytest.mark.parametrize("memory_mb", [0.0, 512.0])
-def test_memory_of_a_step_against_a_larger_run(rate: float, memory_mb: float) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"sample_rate": rate, "memory_mb": kept} for rate in (0.1, 1.0) for kept in (0.0, 512.0)),
+        {"sample_rate": 0.1, "sub_centres": 3},
+        {"sample_rate": 0.3, "rows_dtype": "bf16"},
+        {"sample_rate": 0.1, "loss": SoftTargets()},
+        {"sample_rate": 0.1, "matmul": "bf16", "rows_dtype": "bf16+master"},
+    ],
+)
+def test_memory_of_a_step_against_a_larger_run(fields: dict[str, Any]) -> None:
     """The plan is made from heads of a few thousand classes; a run with more stays within it, and near it."""
     dim, classes, batch = 64, 60_000, 512
-    config = HeadConfig(sample_rate=rate, memory_mb=memory_mb, optimizer=SGD(momentum=0.9))
+    config = HeadConfig(optimizer=SGD(momentum=0.9), **fields)
     train = TrainConfig(global_batch=batch, steps=1, zero_stage=0)
-    planned = Setup(replace(VIT, dim=dim), config, classes, train, 1)
+    planned = Setup(replace(VIT, dim=dim), config, classes, train, 1, positives=4 if config.loss.soft else 1)
     parts = memory(planned, h100())
     expected = parts["rows of a step"] + parts["kept logits"] + parts["gathered batch"]
     head = ShardedHead(classes, dim, config)
     with PeakMemory() as found:
         for _ in range(2):
             x_BD = torch.randn(batch, dim, requires_grad=True)
-            head.loss(x_BD, torch.randint(classes, (batch,))).backward()
+            ids = torch.randint(classes, (batch, planned.positives))
+            soft = Labels("soft", ids, weights_BP=torch.full(ids.shape, 0.2))
+            head.loss(x_BD, soft if config.loss.soft else ids).backward()
             head.step(0.1)
     assert 0.8 * expected < found.peak < 1.15 * expected
     held = sum(t.numel() * t.element_size() for t in head.state_tensors().values())
@@ -227,6 +257,51 @@ def test_traffic_of_layouts() -> None:
     assert grid["row gradient"] == pytest.approx(2 * 7 / 8 * planned.touched_rows * 512 * 4)
     # about a tenth of the classes, and the positives that were not drawn
     assert 0 < planned.touched_rows - 0.1 * planned.rows <= 64 * 128
+
+
+def test_time_follows_the_head() -> None:
+    """Sub-centres, narrow rows, rounded products and hard sampling, part by part."""
+    machine = SheetMachine(h100())
+
+    def seconds(**fields: Any) -> dict[str, float]:
+        return estimate(change(narrow_setup(), memory_mb=1e6, **fields), machine).seconds
+
+    plain, grouped = seconds(), seconds(sub_centres=3)
+    for part in ("head products", "row update"):
+        assert grouped[part] == pytest.approx(3 * plain[part], rel=0.01)
+    assert grouped["head collectives"] == pytest.approx(plain["head collectives"])
+    rounded = seconds(matmul="bf16")
+    assert rounded["head products"] == pytest.approx(plain["head products"] * 67 / 494.5)  # tf32 on a GPU
+    assert seconds(matmul="bf16", head_precision="bf16")["head products"] < rounded["head products"]
+    cpus = SheetMachine(
+        read_spec("memory_gb=24,memory_gbps=300,tflops.fp32=2,tflops.bf16=8,intra_gbps=3,inter_gbps=3", 8)
+    )
+    slow, fast = (cpus.head(change(narrow_setup(), matmul=kind))["head products"] for kind in ("fp32", "bf16"))
+    assert slow == pytest.approx(4 * fast)
+    narrow = seconds(rows_dtype="bf16")
+    assert narrow["row update"] < plain["row update"]
+    assert narrow["head memory"] > plain["head memory"], "narrow rows are widened before each product"
+    assert seconds(rows_dtype="bf16+master")["row update"] > plain["row update"]
+    hard = seconds(sampling=HardSampling(), sample_rate=0.01)
+    assert "hard screen" not in plain
+    assert hard["hard screen"] > 0
+    half = estimate(replace(narrow_setup(), num_classes=25_000_000, head=HARD), machine).seconds
+    whole = estimate(replace(narrow_setup(), head=HARD), machine).seconds
+    assert whole["hard screen"] == pytest.approx(2 * half["hard screen"], rel=0.01), "all classes are looked at"
+
+
+def test_advice_on_rows_and_products() -> None:
+    machine = SheetMachine(h100(memory_gb=17.0))
+    texts = [a.text for a in advise(replace(narrow_setup(), num_classes=400_000_000), machine)]
+    assert any("head.rows_dtype bf16 instead of fp32" in text for text in texts), texts
+    wide = SheetMachine(h100())
+    assert any("head.matmul bf16" in a.text for a in advise(narrow_setup(), wide))
+    assert not any("head.matmul" in a.text for a in advise(change(narrow_setup(), matmul="bf16"), wide))
+
+
+def narrow_setup() -> Setup:
+    """Its heads are traced in a moment."""
+    return replace(setup(classes=50_000_000), encoder=replace(VIT, dim=32, train_flops=1e9, activation_bytes=1e6))
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -464,3 +465,36 @@ def test_memory_is_bounded_by_the_chunk(tmp_path: Path, monkeypatch: pytest.Monk
     for verb, size in used.items():
         # chunks and a few pages of 4 MiB; the head is 78 MiB
         assert size <= (3 * chunk.get(verb, 0) + 32) * 2**20, used
+
+
+def test_rows_without_optimizer_state_keep_the_step_counter(tmp_path: Path) -> None:
+    """Plain SGD has no state of its own; a head of it goes on where it stood, and takes other widths of a class too."""
+    config = HeadConfig(optimizer=SGD(momentum=0.0), init_std=1.0)
+    head = ShardedHead(30, 6, config)
+    head.steps = 7
+    write_index(tmp_path / "head", 30, [head.save(tmp_path / "head")])
+    other = ShardedHead(34, 6, config, seed=5)
+    load_with_map(other, tmp_path / "head")
+    assert other.steps == 7
+    assert torch.equal(other.w_CD[:30], head.w_CD)
+    wide = ShardedHead(30, 6, config.model_copy(update={"sub_centres": 3}))
+    load_with_map(wide, tmp_path / "head")
+    unit = torch.nn.functional.normalize
+    assert ((unit(wide.w_CD.view(30, 3, 6), dim=-1) * unit(head.w_CD)[:, None]).sum(-1) > 0.8).all()
+
+
+def test_an_export_that_was_killed_or_fails_is_in_nobodys_way(tmp_path: Path, saved: tuple[ShardedHead, Path]) -> None:
+    _, folder = saved
+    (tmp_path / ".rows.safetensors.part").mkdir()
+    (tmp_path / ".rows.safetensors.part" / "left").write_text("over")
+    export(folder, tmp_path / "rows.safetensors")
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    file = next(damaged.glob("head-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    for name in ("rows.npy", "more.safetensors"):
+        with pytest.raises(DataError, match="doesn't fit its checksum"):
+            export(damaged, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["rows.safetensors"]
+    assert not list(tmp_path.glob(".*.part"))

@@ -28,6 +28,7 @@ from labelmill.data.spec import AnySpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import JobError
+from labelmill.heads.batch import check_finite
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.index import IndexConfig
 from labelmill.heads.ranks import Ranks
@@ -37,6 +38,7 @@ from labelmill.reporting import report_ranking, report_training
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob
+from labelmill.training.initial import HeadStart, find_start, keep_class_names
 from labelmill.training.objective import Losses, Objective, Progress
 from labelmill.workload import workload
 
@@ -111,7 +113,7 @@ class Classifier(Objective):
     def _align(self, emb_BD: Tensor, name_BD: Tensor, batch: Batch) -> Tensor:
         """Mean over the global batch of the softmax over names; refreshes the rows of the batch's classes."""
         ranks, id_B = self.ranks, batch.labels.single_B
-        counts = [n for (n,) in ranks.gather_numbers([len(id_B)], id_B.device)]
+        counts = check_finite(ranks, emb_BD.detach(), name_BD.detach())  # before rows are written
         name_ND = ranks.gather_rows_with_grad(name_BD, counts)
         id_N = ranks.gather_rows(torch.where(batch.weight_B > 0, id_B, -1), counts)
         own_B = sum(counts[: ranks.rank]) + torch.arange(len(id_B), device=id_B.device)
@@ -142,6 +144,7 @@ class PartialFCJob(TrainJob):
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
     index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
+    continued_heads = ("head",)
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
@@ -177,14 +180,18 @@ def fit_classifier(
     align: float,
     augment: bool,
     k: int = 5,
+    initial: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Stage: trains a classifier and ranks `k` classes for every sample of the streams of `predict`."""
     assert train.label.num_classes is not None
     if align and train.label.form != "single":
         raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
-    names = train.parts[0].manifest if imprint else None
+    manifest = train.parts[0].manifest
+    keep_class_names(folder, manifest)
+    names = manifest if imprint else None
     objective = partial(Classifier, encoder, head, train.label.num_classes, seed, names, align, k)
-    return {"seconds": run.fit(folder, objective, train, config, predict, augment).seconds}
+    start = {"classes": initial} if initial else None
+    return {"seconds": run.fit(folder, objective, train, config, predict, augment, initial=start).seconds}
 
 
 def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -198,12 +205,23 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
     return matrix("class_id"), matrix("score"), matrix("label")
 
 
+def start_of(job: PartialFCJob, train: Manifest, work: Path) -> HeadStart:
+    """What `head.initial` names, checked. Raises DataError."""
+    encoder = build_encoder(job.encoder)
+    weights = dict(encoder.named_parameters(prefix="encoder")) | dict(encoder.named_buffers(prefix="encoder"))
+    return find_start(job.head, train, weights, encoder.dim, work)
+
+
 @workload("discrimination.partial_fc", PartialFCJob)
 def partial_fc(job: PartialFCJob, run: Run) -> None:
     train, test = job.data.open()
     options = input_options(job.encoder, job.seed)
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
+    goes_on: dict[str, HeadStart] = {}
+    if job.head.initial:
+        goes_on["initial"] = start_of(job, train, run.folder / "initial")
+        run.progress.line(f"head.initial: {goes_on['initial']}")
     fit = run.stage(
         "fit",
         fit_classifier,
@@ -216,6 +234,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         imprint=job.imprint,
         align=job.align,
         augment=job.augment,
+        **goes_on,
     )
     ids_QK, _, label_QP = ranked_classes(fit)
     report_training(run, Fitted(fit.folder), fit["seconds"])

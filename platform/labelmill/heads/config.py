@@ -13,6 +13,25 @@ from labelmill.losses.classification import LossConfig, Softmax
 from labelmill.losses.margins import MarginConfig, NoMargin
 
 
+class InitialHead(StrictModel):
+    """A saved head that a new run goes on from, as a nightly run with new classes does from last night's."""
+
+    checkpoint: str = Field(
+        min_length=1,
+        description="a checkpoint, a folder of checkpoints (the newest counts), a run, a saved head, or a packaged "
+        "model; a path, or a URI of a checkpoint or saved head",
+    )
+    classes: str | None = Field(
+        None,
+        description="which class goes where: names of the saved classes (.arrow, .txt, or the data set that they were "
+        "trained on), a map of ids (.npy, or .csv with old,new), or `ids` if ids stay. Default: by the names noted "
+        "beside the checkpoint; by ids if neither label space has names",
+    )
+    merge: Literal["refuse", "first", "mean"] = Field("refuse", description="classes that go to the same new class")
+    optimizer: Literal["keep", "fresh"] = Field("keep", description="state of the optimizers of rows and encoder")
+    encoder: Literal["keep", "fresh"] = Field("keep", description="the encoder's weights, from the same checkpoint")
+
+
 class HeadConfig(StrictModel):
     """A class-sharded head: logit = scale * similarity(embedding, class row)."""
 
@@ -46,6 +65,8 @@ class HeadConfig(StrictModel):
     matmul: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 rounds what is multiplied; products are added up in float32 (needs such hardware)"
     )
+
+    initial: InitialHead | None = Field(None, description="a saved head to go on from; default: fresh rows")
 
     @model_validator(mode="after")
     def _fits_together(self) -> HeadConfig:

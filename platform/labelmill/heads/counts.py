@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from labelmill.errors import DataError
-from labelmill.heads.batch import HasIds, class_ids
+from labelmill.heads.batch import HasIds, class_ids, gather_queries, wrong_label
 from labelmill.heads.topk import row_chunks
 
 if TYPE_CHECKING:
@@ -61,24 +60,25 @@ class LabelRanks:
 def label_ranks(head: ShardedHead, emb_BD: Tensor, labels: HasIds | Tensor) -> LabelRanks:
     """Rank and score of every label of own samples among all classes, and their log-sum-exp.
 
-    Collective; batches of any size. A label whose score equals another class's to the last digits of the head's
-    arithmetic may stand on either side of it. Memory: N x (P + a chunk of classes).
+    Collective over all ranks, of all replicas; batches of any size. A label whose score equals another class's to the
+    last digits of the head's arithmetic may stand on either side of it. Memory: N x (P + a chunk of classes).
 
-    Raises DataError for a class id out of range, FloatingPointError for embeddings that are not finite.
+    Raises, on all ranks alike, SampleError (a DataError) for a class id out of range, NotFiniteError for embeddings
+    that are not finite.
     """
     ids_BP, _ = class_ids(labels, len(emb_BD))
     wrong = ((ids_BP >= head.num_classes) | (ids_BP < -1)).nonzero()
-    bad = head.ranks.gather_numbers([len(emb_BD), ids_BP.shape[1], len(wrong)], head.device)
-    if any(count for _, _, count in bad):
-        found = f": {int(ids_BP[tuple(wrong[0])])} of sample {int(wrong[0, 0])}" if len(wrong) else " on another rank"
-        raise DataError(f"a label is out of range{found}. Class ids run from 0 to {head.num_classes - 1} (-1 pads).")
-    counts, width = [count for count, _, _ in bad], max(positives for _, positives, _ in bad)
+    index, label = (int(wrong[0, 0]), int(ids_BP[tuple(wrong[0])])) if len(wrong) else (-1, 0)
     x_BD = emb_BD.to(head.device, head.dtype)
     if head.config.normalize:
         x_BD = torch.nn.functional.normalize(x_BD, dim=1, eps=1e-6)
-    padded_BP = torch.full((len(ids_BP), width), -1, device=head.device)
+    x_ND, counts, table = gather_queries(head.grid, x_BD, [ids_BP.shape[1], index, label])
+    for rank, (count, _, at, wrong_id) in enumerate(table):
+        if at >= 0:
+            raise wrong_label(wrong_id, at, (rank, at, count), head.num_classes)
+    padded_BP = torch.full((len(ids_BP), max(row[1] for row in table)), -1, device=head.device)
     padded_BP[:, : ids_BP.shape[1]] = ids_BP
-    x_ND, ids_NP = head.ranks.gather_rows(x_BD, counts), head.ranks.gather_rows(padded_BP, counts)
+    ids_NP = head.ranks.gather_rows(padded_BP, counts)
     rows_CGD = head.state_tensors()["rows"].view(-1, head.config.sub_centres, head.dim)
     score_NP = head.ranks.sum_(_own_scores(head, rows_CGD, x_ND, ids_NP))
     above_NP, top_N, total_N = _count(head, rows_CGD, x_ND, ids_NP, score_NP)

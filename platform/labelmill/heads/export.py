@@ -53,9 +53,14 @@ def export(
     if out.suffix == ".npy":
         if dtype == torch.bfloat16:
             raise DataError("a .npy file can't hold bfloat16: take float32 or float16, or write .safetensors.")
-        _write_npy(partial, shape, fetch, old, dtype)
+        try:
+            _write_npy(partial, shape, fetch, old, dtype)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     elif out.suffix == ".safetensors":
         specs = {"rows": replace(TensorSpec.of(torch.empty(0, dtype=dtype)), shape=(old.dim,))}
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         with new_folder(partial) as folder:
             (entry,) = write_rows(folder, "rows", specs, 0, old.num_classes, fetch, cuts=[])
         (partial / entry.file).rename(out)

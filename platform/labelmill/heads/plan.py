@@ -167,14 +167,19 @@ def of_groups(classes: StepPlan, group: int, rows: int) -> StepPlan:
     return StepPlan(sections, rows)
 
 
+def dealt_blocks(num_classes: int, block_rows: int, stride: int) -> tuple[int, int, int]:
+    """Classes of a unit of neighbours, blocks that a unit is cut into, blocks of all classes."""
+    size = sampling.block_size(num_classes, block_rows)
+    stride = min(stride, size)
+    return size, stride, -(-num_classes // size) * stride
+
+
 def drawn_blocks(
     num_classes: int, block_rows: int, stride: int, rate: float, seed: int, step: int, start: int, stop: int
 ) -> list[slice]:
     """Own blocks drawn for a step, as slices of the shard [start, stop)."""
-    size = sampling.block_size(num_classes, block_rows)
-    stride = min(stride, size)
-    units = -(-num_classes // size)
-    drawn = sampling.sampled_blocks(units * stride, rate, seed, step)
+    size, stride, blocks_in_all = dealt_blocks(num_classes, block_rows, stride)
+    drawn = sampling.sampled_blocks(blocks_in_all, rate, seed, step)
     first, last = start // size, -(-stop // size)
     mine = drawn[(drawn >= first * stride) & (drawn < last * stride)].tolist() if stop > start else []
     blocks = []

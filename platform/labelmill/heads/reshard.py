@@ -265,29 +265,20 @@ def load_with_map(
     Raises DataError as `remap`, and for another embedding size or row optimizer.
     """
     source = open_rows(folder)
-    if source.dim != head.dim or source.sub_centres not in (1, head.config.sub_centres):
-        raise DataError(
-            f"{folder}: rows have {source.sub_centres} x {source.dim} numbers a class, the head's "
-            f"{head.config.sub_centres} x {head.dim}."
-        )
+    names = loaded_tensors(source, head, optimizer)
     plan = (
         first_classes(source.num_classes, head.num_classes)
         if new_of_old_O is None
         else class_map(new_of_old_O, source.num_classes, head.num_classes)
     )
     check_merge(plan, merge)
-    if optimizer == "keep" and set(source.specs) != {"rows"}:
-        tensors = head.state_tensors()
-        if set(source.specs) != set(tensors):
-            raise DataError(
-                f"{folder}: holds {sorted(source.specs)}, the head needs {sorted(tensors)}: another row optimizer "
-                "wrote it. Load the rows alone (optimizer fresh)."
-            )
+    tensors = head.state_tensors()
+    alike = names == set(tensors) and source.sub_centres == head.config.sub_centres and "steps" in source.notes
+    if optimizer == "keep" and alike:
         head.rows.protect(slice(0, len(head.rows)))
         fill_classes(tensors, source, plan, head.start, head.stop, merge, KeepRows())
         head.take_notes(source.notes)
         return plan
-    names = [name for name in source.specs if name == "rows" or name.endswith(MASTER)]
     step = max(1, PAGE_BYTES * 4 // (4 * head.dim * source.sub_centres))
     for lo in range(head.start, head.stop, step):
         hi = min(lo + step, head.stop)
@@ -296,3 +287,25 @@ def load_with_map(
         places = plan.part(lo, hi)[1].unique_consecutive()
         head.set_rows(places + lo, whole_rows({name: value[places] for name, value in chunk.items()}))
     return plan
+
+
+def loaded_tensors(source: RowSource, head: ShardedHead, optimizer: Literal["keep", "fresh"]) -> set[str]:
+    """The tensors that `load_with_map` takes from a saved head: the rows, and their optimizer's state if it is kept.
+
+    Raises DataError for another embedding size or row optimizer, and for types that would lose digits.
+    """
+    if source.dim != head.dim or source.sub_centres not in (1, head.config.sub_centres):
+        raise DataError(
+            f"{source.folder}: rows have {source.sub_centres} x {source.dim} numbers a class, the head's "
+            f"{head.config.sub_centres} x {head.dim}."
+        )
+    if optimizer == "fresh" or set(source.specs) == {"rows"}:
+        return {name for name in source.specs if name == "rows" or name.endswith(MASTER)}
+    tensors = head.state_tensors()
+    if set(source.specs) != set(tensors):
+        raise DataError(
+            f"{source.folder}: holds {sorted(source.specs)}, the head needs {sorted(tensors)}: another row optimizer "
+            "wrote it. Load the rows alone (optimizer fresh)."
+        )
+    source.check_targets(tensors)
+    return set(tensors)

@@ -136,10 +136,21 @@ class ClassRows:
     def _derive(self, where: Where) -> None:
         w_RD = self.w_CD[where].to(self.dtype)
         if self.inverse_C is not None:
-            # of a row without direction this is inf, and its logits NaN: the loss reports the class
+            # of a row without direction this is inf, and its logits NaN: the loss names the class
             self.inverse_C[where] = torch.linalg.vector_norm(w_RD, dim=1).reciprocal_()
         for watcher in self.watchers:
             watcher.rows_changed(where, w_RD, None if self.inverse_C is None else self.inverse_C[where])
+
+    def first_bad(self, scratch: Scratch) -> int:
+        """The first row that isn't finite or, where rows are normalised, has no direction; -1 if all are good."""
+        for lo in range(0, len(self.w_CD), ROWS_AT_ONCE):
+            w_RD = self.read(slice(lo, min(lo + ROWS_AT_ONCE, len(self.w_CD))), scratch, "rows")
+            good_R = torch.isfinite(w_RD).all(dim=1)
+            if self.normalize:
+                good_R &= torch.isfinite(torch.linalg.vector_norm(w_RD, dim=1).reciprocal())
+            if not bool(good_R.all()):
+                return lo + int((~good_R).nonzero()[0])
+        return -1
 
     def set(self, row_K: Tensor, rows_KD: Tensor, step: int) -> None:
         """Rows with these numbers get new values and a fresh optimizer state."""

@@ -53,7 +53,10 @@ class HeadSave:
         Returns this rank's part of the folder's index: gather the parts and give them to `storage.write_index`.
         """
         try:
-            files = storage.write_rows(self.folder, "head", self.specs, self.start, self.stop, self._fetch)
+            # for who finds the files without an index, as after a save that was cut off
+            metadata = {"num_classes": str(self.head.num_classes)}
+            area = (self.start, self.stop, self._fetch)
+            files = storage.write_rows(self.folder, "head", self.specs, *area, metadata=metadata)
         finally:
             self.close()
         return storage.part_of(self.specs, self.start, self.stop, files, self.notes)

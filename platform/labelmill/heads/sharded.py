@@ -26,8 +26,7 @@ classes of this rank, D embedding size, k results.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from labelmill.errors import DataError
-from labelmill.heads import plan, sampling, saving
-from labelmill.heads.batch import HasIds, NotFiniteError, check_batch, class_ids, gather_batch, gather_replica
+from labelmill.heads import sampling, saving
+from labelmill.heads.batch import (
+    HasIds,
+    NotFiniteError,
+    check_batch,
+    class_ids,
+    first_error,
+    gather_batch,
+    gather_queries,
+    gather_replica,
+    locate,
+)
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.drawing import Drawing
+from labelmill.heads.precision import matmul_precision
 from labelmill.heads.ranks import lay_grid
 from labelmill.heads.rows import ROWS_AT_ONCE, ClassRows, PendingRows, Scratch
-from labelmill.heads.screen import Screen
 from labelmill.heads.statistics import HeadPass, Move, Pairs, needs_maximum
-from labelmill.heads.topk import merge_topk, topk_rows
+from labelmill.heads.topk import topk_sharded
+from labelmill.losses.classification import SampleError
 
 
 class ShardedHead:
@@ -95,8 +106,7 @@ class ShardedHead:
         self._scratch = Scratch()
         self._pending = PendingRows(self._scratch)
         self._use_max = needs_maximum(config.normalize, config.scale / config.loss.temperature, num_classes, dtype)
-        self._screen = Screen(self.rows) if isinstance(config.sampling, plan.HardSampling) else None
-        self._drawn: tuple[int, Any] | None = None  # (step, what was drawn for it)
+        self._drawing = Drawing(config, num_classes, self.start, self.stop, self.rows)
         self._move_lr: float | None = None  # the coming backward pass may move the rows, with this rate
         self._moved: float | None = None  # it has
         self._summed = False  # the pending gradient is the sum over the replicas
@@ -135,7 +145,7 @@ class ShardedHead:
         """Moves rows and optimizer state, as `nn.Module.to` does for parameters; before training."""
         self.device = torch.device(device)
         self.rows.to(self.device)
-        self._drawn = None
+        self._drawing.forget()
         return self
 
     @torch.no_grad()
@@ -182,8 +192,7 @@ class ShardedHead:
     def loss(self, emb_BD: Tensor, labels: HasIds | Tensor, weight_B: Tensor | None = None) -> Tensor:
         """Weighted mean loss over the batches of all ranks: a scalar of the head's dtype, equal on each rank.
 
-        Collective: every rank calls it, with batches of any size (also 0). `backward()` adds the gradient of
-            the rows
+        Collective: every rank calls it, with batches of any size (also 0). `backward()` adds the gradient of the rows
         to the head and gives the embeddings theirs times `grad_scale`; it must come before `step`.
 
         Args:
@@ -192,8 +201,8 @@ class ShardedHead:
             weight_B: non-negative; 0 leaves a sample out (its labels may be empty). All 1 by default.
 
         Raises (on all ranks alike):
-            DataError: a class id out of range, or a sample with weight and no positive; names rank and
-                sample.
+            SampleError (a DataError): a class id out of range, a sample with weight and no positive, or one that the
+                loss can't take; names rank and sample.
             NotFiniteError (a FloatingPointError): embeddings or rows that are not finite, a row of length zero;
                 nothing was changed.
         """
@@ -294,8 +303,9 @@ class ShardedHead:
     def topk(self, emb_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best classes: scores (B, k), highest first, and class ids (B, k) int64.
 
-        Collective, batches of any size. Scores are cosines, or inner products if the head doesn't normalise;
-        equal ones are ordered by class id. Raises ValueError for k > num_classes.
+        Collective over all ranks, batches of any size. Scores are cosines, or inner products if the head doesn't
+        normalise; equal ones are ordered by class id. Raises ValueError for k > num_classes, and NotFiniteError, on all
+        ranks alike, for embeddings that are not finite.
         """
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be between 1 and the number of classes {self.num_classes}, got {k}")
@@ -303,18 +313,9 @@ class ShardedHead:
         if self.config.normalize:
             x_BD = torch.nn.functional.normalize(x_BD, dim=1, eps=1e-6)
         self._catch_up()
-        counts = [n for (n,) in self.ranks.gather_numbers([len(x_BD)], self.device)]
-        x_ND = self.ranks.gather_rows(x_BD, counts)
-        group = self.config.sub_centres
-        found = topk_rows(x_ND, self.w_CD, k * group, self.start * group, normalize_rows=self.config.normalize)
-        scores_Nk, ids_Nk = found if group == 1 else _best_of_classes(*found, group, k)
-        world, first = self.ranks.world, sum(counts[: self.ranks.rank])
-        even = [len(x_ND)] * world
-        mine = slice(first, first + len(x_BD))
-        scores = self.ranks.gather_rows(scores_Nk, even).view(world, len(x_ND), k)[:, mine]
-        ids = self.ranks.gather_rows(ids_Nk, even).view(world, len(x_ND), k)[:, mine]
-        # ranks own ascending classes, so that among equal scores the lower class stands first
-        return merge_topk(scores.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1), k)
+        x_ND, counts, _ = gather_queries(self.grid, x_BD)
+        shape = (k, self.start, self.config.sub_centres, self.config.normalize)
+        return topk_sharded(self.ranks, x_ND, counts, self.w_CD, *shape)
 
     # --- files ------------------------------------------------------------------------------------------
 
@@ -346,7 +347,6 @@ class ShardedHead:
         self.steps = int(notes["steps"])
         self.rows.replaced(self.steps)
         self.zero_pending()
-        self._drawn = None
 
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Writes own rows and optimizer state; returns this rank's part of the index (`saving.HeadSave`).
@@ -379,8 +379,8 @@ class ShardedHead:
             "the number of optimizer steps": self.steps,
         }
         if self.grid.replicas.world == 1:
-            batch, counts = gather_batch(self.ranks, x_BD, ids_BP, weight_B, target_BP, same)
-            check_batch(batch, counts, self.num_classes)
+            batch = gather_batch(self.ranks, x_BD, ids_BP, weight_B, target_BP, same)
+            check_batch(batch, self.num_classes)
         else:
             batch = gather_replica(self.grid, x_BD, ids_BP, weight_B, target_BP, same, self.num_classes)
         self.rows.refresh()
@@ -392,13 +392,13 @@ class ShardedHead:
             # every replica touches the same rows, so that their gradients can be summed
             all_T = batch.whole.positive_T
             touched_T = all_T[(all_T >= self.start) & (all_T < self.stop)] - self.start
-        rows, weight_S = self._plan(batch.x_ND, sample_K, class_K, touched_T)
+        rows, weight_S = self._drawing.plan(self.grid, batch.x_ND, sample_K, class_K, touched_T, self.seed, self.steps)
         row_K = class_K * self.config.sub_centres
         at_K, order_K = torch.sort(rows.locate(row_K))
         pairs = Pairs(sample_K[order_K], column_K[order_K], at_K, row_K[order_K])
         args = (batch, pairs, self._use_max, self._scratch, self.steps)
         work = HeadPass(self.config, self.rows, rows, weight_S, *args)
-        with _matmul_precision(self.config.matmul):
+        with matmul_precision(self.config.matmul):
             value = self._forward(work, for_backward)
         if for_backward:
             self._open.add(work)
@@ -406,79 +406,34 @@ class ShardedHead:
 
     def _forward(self, work: HeadPass, for_backward: bool) -> Tensor:
         """The loss over all replicas. What one of them refuses, all do."""
-        if self.grid.replicas.world == 1:
-            return work.forward(self.ranks, for_backward)
-        refusal: DataError | NotFiniteError | None = None
+        value = work.batch.x_ND.new_zeros(())
+        refusal: Exception | None = None
         try:
             value = work.forward(self.ranks, for_backward)
-        except (DataError, NotFiniteError) as error:
-            value, refusal = work.batch.x_ND.new_zeros(()), error
-        kinds = [value.new_tensor(float(isinstance(refusal, kind))) for kind in (DataError, NotFiniteError)]
-        value, wrong_data, not_finite = self.grid.replicas.sum_(torch.stack([value, *kinds]))
-        why = "another replica of the class rows refused its batch; its error says why"
-        if refusal is None and wrong_data:
-            refusal = DataError(why)
-        if refusal is None and not_finite:
-            refusal = NotFiniteError(why)
+        except SampleError as error:
+            at = locate(error.index, work.batch.counts, work.batch.first)
+            refusal = SampleError(error.text, error.index, at)
+        except NotFiniteError:
+            refusal = self._bad_row()
+        except DataError as error:
+            refusal = error
+        if self.grid.replicas.world > 1:
+            value, refused = self.grid.replicas.sum_(torch.stack([value, value.new_tensor(float(refusal is not None))]))
+            refusal = first_error(self.grid.world, refusal) if refused else None
         if refusal is not None:
             raise refusal
         return value
 
-    def _plan(
-        self, x_ND: Tensor, sample_K: Tensor, class_K: Tensor, touched_T: Tensor
-    ) -> tuple[plan.StepPlan, Tensor | None]:
-        """The rows that take part (the drawn ones and own positives) and their weights as negatives.
-
-        `class_K` are the own positives of this replica's samples, `touched_T` those of all replicas.
-        """
-        config, classes = self.config, self.stop - self.start
-        group, kind = config.sub_centres, config.sampling
-        if config.sample_rate >= 1:
-            return plan.everything(len(self.rows)), None
-        if self._drawn is None or self._drawn[0] != self.steps:
-            self._drawn = (self.steps, self._draw())
-        drawn = self._drawn[1]
-        sure_C = touched_T  # classes that take part for certain
-        if isinstance(kind, plan.BlockSampling):
-            sections = plan.of_blocks(drawn, touched_T, classes)
-        else:
-            parts = [drawn, touched_T]
-            if self._screen is not None:
-                hard_S = self._screen.hardest(self.grid, x_ND, sample_K, class_K, self._hard_count, group)
-                sure_C = torch.cat([touched_T, hard_S])
-                parts.append(hard_S)
-            sections = plan.of_rows(torch.unique(torch.cat(parts)), classes)
-        scaled = plan.of_groups(sections, group, len(self.rows))
-        if not config.importance:
-            return scaled, None
-        weight_S = x_ND.new_full((sections.total,), self.num_classes / max(1, self._uniform_count))
-        weight_S[sections.locate(sure_C)] = 1.0
-        return scaled, weight_S.repeat_interleave(group)
-
-    @property
-    def _hard_count(self) -> int:
-        """Hard classes of a step, over all ranks."""
-        kind = self.config.sampling
-        count = round(self.config.sample_rate * self.num_classes)
-        return max(1, round(kind.share * count)) if isinstance(kind, plan.HardSampling) else 0
-
-    @property
-    def _uniform_count(self) -> int:
-        """Uniformly drawn classes of a step, over all ranks."""
-        return max(1, round(self.config.sample_rate * self.num_classes)) - self._hard_count
-
-    def _draw(self) -> Any:
-        """What (seed, step) draws of own classes: local ids, or slices for block sampling."""
-        config = self.config
-        if isinstance(config.sampling, plan.BlockSampling):
-            shape = (self.num_classes, config.block_rows, config.sampling.stride, config.sample_rate)
-            return plan.drawn_blocks(*shape, self.seed, self.steps, self.start, self.stop)
-        if self._uniform_count < 1:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        rate = self._uniform_count / self.num_classes
-        classes = sampling.sampled_classes(self.num_classes, rate, self.seed, self.steps)
-        lo, hi = torch.searchsorted(classes, torch.tensor([self.start, self.stop])).tolist()
-        return (classes[lo:hi] - self.start).to(self.device)
+    def _bad_row(self) -> NotFiniteError:
+        """What is wrong when sums over this replica's rows aren't finite. Collective over its ranks."""
+        row = self.rows.first_bad(self._scratch)
+        own = -1 if row < 0 else self.start + row // self.config.sub_centres
+        found = [number for (number,) in self.ranks.gather_numbers([own], self.device) if number >= 0]
+        if not found:
+            return NotFiniteError("logits of the head are too large: embeddings, class rows or head.scale")
+        return NotFiniteError(
+            f"class rows of the head hold NaN or infinite values, or a row of length zero: class {found[0]} first"
+        )
 
     def _end(self, work: HeadPass, grad_value: Tensor) -> Tensor:
         if self._summed:
@@ -490,7 +445,7 @@ class ShardedHead:
             move = Move(self._move_lr * self.config.lr_multiplier, self.steps)
             self._moved = self._move_lr
         self._open.discard(work)
-        with _matmul_precision(self.config.matmul):
+        with matmul_precision(self.config.matmul):
             return work.backward(factor / self.loss_scale, self._pending, move).mul_(self.grad_scale * factor)
 
 
@@ -517,32 +472,3 @@ class _HeadLoss(torch.autograd.Function):
         grad_BD = ctx.head._end(ctx.work, grad_value)
         ctx.work = None
         return grad_BD, None, None, None, None, None
-
-
-def _best_of_classes(scores_Nm: Tensor, rows_Nm: Tensor, group: int, k: int) -> tuple[Tensor, Tensor]:
-    """The best k classes from the best k * group rows: every class by its best sub-centre."""
-    class_Nm = torch.where(rows_Nm < 0, -1, torch.div(rows_Nm, group, rounding_mode="floor"))
-    # rows come best first: by class, stably, the first of each is its best
-    order_Nm = torch.sort(class_Nm, dim=1, stable=True).indices
-    class_Nm, scores_Nm = class_Nm.gather(1, order_Nm), scores_Nm.gather(1, order_Nm)
-    again_Nm = torch.zeros_like(class_Nm, dtype=torch.bool)
-    again_Nm[:, 1:] = class_Nm[:, 1:] == class_Nm[:, :-1]
-    scores_Nm = scores_Nm.masked_fill(again_Nm | (class_Nm < 0), -torch.inf)
-    return merge_topk(scores_Nm, class_Nm, k)
-
-
-@contextmanager
-def _matmul_precision(kind: str) -> Iterator[None]:
-    """Precision of what is multiplied, for the head's own products only."""
-    if kind == "fp32":
-        yield
-        return
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend, name in zip(backends, ("bf16", "tf32"), strict=True):
-            backend.fp32_precision = name
-        yield
-    finally:
-        for backend, name in zip(backends, before, strict=True):
-            backend.fp32_precision = name

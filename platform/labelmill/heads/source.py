@@ -86,7 +86,7 @@ class RowSource:
         Raises DataError for a tensor that isn't there, has another shape or a wider dtype, and for a missing,
         cut or damaged file.
         """
-        self._check_targets(into)
+        self.check_targets(into)
         meets = [entry for entry in self.files if max(lo, entry.start) < min(hi, entry.stop)]
         for number, entry in enumerate(meets):
             for soon in meets[number : number + 2]:
@@ -116,7 +116,7 @@ class RowSource:
 
         Raises DataError as `read_into`, and for ids out of range.
         """
-        self._check_targets(into)
+        self.check_targets(into)
         if ids_K.numel() and (int(ids_K.min()) < 0 or int(ids_K.max()) >= self.num_classes):
             bad = ids_K[(ids_K < 0) | (ids_K >= self.num_classes)][0]
             raise DataError(f"{self.folder}: class {int(bad)} is out of range: it holds 0 to {self.num_classes - 1}.")
@@ -148,7 +148,8 @@ class RowSource:
         for lo, hi in self.pages():
             self.read(lo, hi)
 
-    def _check_targets(self, into: Mapping[str, Tensor]) -> None:
+    def check_targets(self, into: Mapping[str, Tensor]) -> None:
+        """Raises DataError for tensors that aren't there, have another shape or a narrower dtype than the files."""
         for name, tensor in into.items():
             spec = self.specs.get(name)
             if spec is None:
@@ -261,7 +262,11 @@ def _open_named(folder: Path) -> RowSource:
     if not found:
         raise DataError(f"{folder}: holds no head: neither {INDEX} nor files rows-*.safetensors or head-*.safetensors.")
     entries: list[dict[str, Any]] = [{"file": name, "start": int(m[1]), "stop": int(m[2])} for name, m in found]
-    ordered = check_cover(entries, max(entry["stop"] for entry in entries), folder)
+    count = max(entry["stop"] for entry in entries)
+    for name, _ in found:  # a save that was cut off may lack files at the end
+        _, noted, _, _ = read_header(folder / name, "classes of the head")
+        count = max(count, int(noted.get("num_classes", 0)))
+    ordered = check_cover(entries, count, folder)
     specs, notes, files = dict[str, TensorSpec](), dict[str, Any](), list[RowFile]()
     for entry in ordered:
         named, metadata, _, size = read_header(folder / entry["file"], "classes of the head")

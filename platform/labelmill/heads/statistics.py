@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from labelmill.heads.batch import GlobalBatch, NotFiniteError
+from labelmill.heads.chunk import exp_difference, keep_best_of_group_, subtract_top_, to_tangent_
 from labelmill.heads.plan import Piece, StepPlan
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.rows import ClassRows, PendingRows, Scratch
@@ -126,7 +127,7 @@ class HeadPass:
         if self.top_N is not None:
             own_top_N = self.top_N
             self.top_N = ranks.max_(own_top_N.clone())
-            shrink_N = _exp_difference(own_top_N, self.top_N)
+            shrink_N = exp_difference(own_top_N, self.top_N)
             total_N.mul_(shrink_N)
             pull_ND.mul_(shrink_N[:, None])
         stats_NQ[:, 0] = total_N
@@ -135,7 +136,7 @@ class HeadPass:
         stats_NQ[self.pairs.sample_K, 1 + extra + self.pairs.column_K] = sims_K
         ranks.sum_(stats_NQ)
         if not bool(torch.isfinite(stats_NQ).all()):
-            raise NotFiniteError("class rows of the head hold NaN or infinite values, or a row of length zero")
+            raise NotFiniteError("sums over class rows are not finite")
         value, by_total_N, by_sum_N, by_sim_NP = self._loss(stats_NQ, for_backward)
         if not for_backward:
             self._release()
@@ -218,7 +219,7 @@ class HeadPass:
             z_RN.mul_(inverse_R[:, None])
         group = self.config.sub_centres
         if group > 1:
-            best_1 = _keep_best_of_group_(z_RN, group)
+            best_1 = keep_best_of_group_(z_RN, group)
             if sims_K is not None and last > first:
                 at, sample = pairs.at_K[first:last], pairs.sample_K[first:last]
                 best_K = best_1[(at - lo) // group, sample]
@@ -248,11 +249,11 @@ class HeadPass:
     def _follow_maximum(self, z_RN: Tensor, total_N: Tensor, pull_ND: Tensor) -> None:
         assert self.top_N is not None
         top_N = torch.maximum(self.top_N, z_RN.amax(dim=0))
-        shrink_N = _exp_difference(self.top_N, top_N)
+        shrink_N = exp_difference(self.top_N, top_N)
         total_N.mul_(shrink_N)
         pull_ND.mul_(shrink_N[:, None])
         self.top_N = top_N
-        self._subtract_top_(z_RN, top_N)
+        subtract_top_(z_RN, top_N)
 
     def _reserve(self, for_backward: bool) -> int:
         """Takes room for the logits that are kept and a chunk of those that aren't; returns how many are kept."""
@@ -271,12 +272,6 @@ class HeadPass:
     def _release(self) -> None:
         self.kept.clear()
         self.scratch.give("logits", self.memory)
-
-    @staticmethod
-    def _subtract_top_(z_RN: Tensor, top_N: Tensor) -> None:
-        # a sample without any negative so far has top -inf and only -inf logits: leave them, -inf + inf
-        # is NaN
-        z_RN.sub_(torch.where(torch.isfinite(top_N), top_N, 0.0))
 
     def _sums(self, sims_K: Tensor) -> Tensor:
         """Sum of the negatives' logits and their number, (N, 2): all rows of the step less own positives."""
@@ -353,7 +348,7 @@ class HeadPass:
                 if push_D is not None:
                     self._add_push(grad_RD, inverse_R, push_D, part)
                 if inverse_R is not None:
-                    _to_tangent_(grad_RD, w_RD, inverse_R)
+                    to_tangent_(grad_RD, w_RD, inverse_R)
                 if move is None:
                     assert pending is not None
                     pending.add(places_S, part.lo, part.hi, grad_RD)
@@ -388,37 +383,15 @@ class HeadPass:
         if index < len(self.kept):
             if self.top_N is None:
                 return self.kept[index], self.x_by_ND
-            return self.kept[index], self.x_by_ND * _exp_difference(self.chunk_top[index], self.top_N)[:, None]
+            return self.kept[index], self.x_by_ND * exp_difference(self.chunk_top[index], self.top_N)[:, None]
         z_RN = self._memory_of(piece, keep=False)
         w_RD = self.rows.read(piece.where, self.scratch, "rows")
         inverse_R = self.rows.inverse(piece.where)
         first, last = self.cuts[index], self.cuts[index + 1]
         self._logits(w_RD, inverse_R, z_RN, self.pairs, first, last, piece.lo, None)
         if self.top_N is not None:
-            self._subtract_top_(z_RN, self.top_N)
+            subtract_top_(z_RN, self.top_N)
         self._terms_(z_RN, None if self.weight_S is None else self.weight_S[piece.lo : piece.hi, None], None, None)
         if inverse_R is not None:
             z_RN.mul_(inverse_R[:, None])
         return z_RN, self.x_by_ND
-
-
-def _to_tangent_(grad_RD: Tensor, w_RD: Tensor, inverse_R: Tensor) -> None:
-    """Takes off what would only change a row's length: g - (g.w) w / |w|^2, in place."""
-    along_R = torch.linalg.vecdot(grad_RD, w_RD).mul_(inverse_R).mul_(inverse_R)
-    grad_RD.addcmul_(w_RD, along_R[:, None], value=-1.0)
-
-
-def _keep_best_of_group_(z_RN: Tensor, group: int) -> Tensor:
-    """Of each class's sub-centres only the nearest to the sample keeps its logit; the others get -inf.
-
-    Returns which one it was, (R / group, N).
-    """
-    z_GgN = z_RN.view(len(z_RN) // group, group, z_RN.shape[1])
-    best_G1N, at_G1N = z_GgN.max(dim=1, keepdim=True)
-    z_GgN.fill_(-torch.inf).scatter_(1, at_G1N, best_G1N)
-    return at_G1N[:, 0]
-
-
-def _exp_difference(lower_N: Tensor, upper_N: Tensor) -> Tensor:
-    """e^(lower - upper), 0 where lower is -inf."""
-    return torch.where(torch.isfinite(lower_N), (lower_N - upper_N).exp(), 0.0)

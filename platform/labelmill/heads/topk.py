@@ -11,9 +11,13 @@ results, m candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from labelmill.heads.ranks import Ranks
 
 QUERIES_A_TILE = 1024
 
@@ -72,6 +76,37 @@ def merge_topk(scores_Qm: Tensor, ids_Qm: Tensor, k: int) -> tuple[Tensor, Tenso
     """The best k of m candidates a query. Among equal scores the candidate that stands first wins."""
     order_Qk = torch.sort(scores_Qm, dim=1, descending=True, stable=True).indices[:, :k]
     return scores_Qm.gather(1, order_Qk), ids_Qm.gather(1, order_Qk)
+
+
+def topk_sharded(
+    ranks: Ranks, x_ND: Tensor, counts: list[int], w_CD: Tensor, k: int, start: int, group: int, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """The best k classes of own samples over all ranks' rows: scores (B, k) and class ids (B, k). Collective.
+
+    Args:
+        x_ND, counts: the samples of all ranks and how many are of each.
+        w_CD: own rows, `group` of them a class, the first of class `start`. A class counts by its best row.
+    """
+    found = topk_rows(x_ND, w_CD, k * group, start * group, normalize_rows=normalize)
+    scores_Nk, ids_Nk = found if group == 1 else _best_of_classes(*found, group, k)
+    first = sum(counts[: ranks.rank])
+    even, mine = [len(x_ND)] * ranks.world, slice(first, first + counts[ranks.rank])
+    scores = ranks.gather_rows(scores_Nk, even).view(ranks.world, len(x_ND), k)[:, mine]
+    ids = ranks.gather_rows(ids_Nk, even).view(ranks.world, len(x_ND), k)[:, mine]
+    # ranks own ascending classes, so that among equal scores the lower class stands first
+    return merge_topk(scores.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1), k)
+
+
+def _best_of_classes(scores_Nm: Tensor, rows_Nm: Tensor, group: int, k: int) -> tuple[Tensor, Tensor]:
+    """The best k classes from the best k * group rows: every class by its best sub-centre."""
+    class_Nm = torch.where(rows_Nm < 0, -1, torch.div(rows_Nm, group, rounding_mode="floor"))
+    # rows come best first: by class, stably, the first of each is its best
+    order_Nm = torch.sort(class_Nm, dim=1, stable=True).indices
+    class_Nm, scores_Nm = class_Nm.gather(1, order_Nm), scores_Nm.gather(1, order_Nm)
+    again_Nm = torch.zeros_like(class_Nm, dtype=torch.bool)
+    again_Nm[:, 1:] = class_Nm[:, 1:] == class_Nm[:, :-1]
+    scores_Nm = scores_Nm.masked_fill(again_Nm | (class_Nm < 0), -torch.inf)
+    return merge_topk(scores_Nm, class_Nm, k)
 
 
 class _Best:

@@ -29,7 +29,7 @@ NUMBERS = 7  # batch size, positives of a sample, soft labels or not; classes, d
 NUMBER_BYTES = 8
 ID_BYTES = 8
 HARDNESS_BYTES = 4
-LOSS_NUMBERS = 3  # the loss, and whether a replica refused its batch, for two kinds of reasons
+LOSS_NUMBERS = 2  # the loss, and whether a replica refused its batch
 
 
 def sent_bytes(kind: Kind, payload: float, world: int) -> float:
@@ -99,24 +99,27 @@ def head_collectives(
     maximum: bool = False,
     sums: bool = False,
     hard: tuple[int, int] = (0, 0),
+    soft: bool = False,
 ) -> list[Collective]:
     """The collectives of `ShardedHead.loss`, `backward` and `step`, in their order; those over one rank are left out.
 
-    Labels are hard ones; soft ones add their weights to the ids, 8 bytes each. With one replica embeddings and ids
-    travel in one message; with several, ids go to all ranks and embeddings to those of the replica.
+    With one replica embeddings and ids travel in one message; with several, ids go to all ranks and embeddings to those
+    of the replica. "ids" are labels, the weight of the sample and, of soft labels, their weights.
 
     Args:
         batch: samples B of a rank in a micro batch.
         positives: width P of the padded labels.
-        touched_rows: U, rows of the shard that get a gradient in the optimizer step.
+        touched_rows: U, rows of the shard that get a gradient in the optimizer step (each sub-centre is a row).
         element: bytes of the head's numbers.
         maximum: the head's logits need their maximum (a head without normalised rows).
         sums: the loss needs the sum of the negatives' logits and their number.
         hard: classes of the shard, and how many of them at most are offered as the hardest; 0 without hard sampling.
+        soft: labels have weights.
     """
     n = batch * shards
     whole = shards * replicas
-    numbers, ids, embeddings = NUMBERS * NUMBER_BYTES, batch * (positives + 1) * ID_BYTES, batch * dim * element
+    numbers, embeddings = NUMBERS * NUMBER_BYTES, batch * dim * element
+    ids = batch * (positives * (1 + soft) + 1) * ID_BYTES
     if replicas == 1:
         gathers = [
             Collective("sizes", "world", "all_gather", numbers, whole, "micro batch"),

@@ -29,6 +29,20 @@ from labelmill.job import StrictModel
 from labelmill.losses.margins import Margin, NoMargin, apply_margin
 
 
+class SampleError(DataError):
+    """A sample that a loss can't take; `{sample}` in the text stands for its place.
+
+    Attributes:
+        index: among the samples that the loss was given.
+        at: (rank, place in its batch, size of that), once the head knows; then the text names them.
+    """
+
+    def __init__(self, text: str, index: int = -1, at: tuple[int, int, int] | None = None) -> None:
+        place = f"sample {index} of the batch" if at is None else f"sample {at[1]} of rank {at[0]}'s batch"
+        super().__init__(text.replace("{sample}", place))
+        self.text, self.index, self.at = text, index, at
+
+
 def softplus(x: Tensor) -> Tensor:
     """ln(1 + e^x) to full precision at both ends (torch's own switches to x at 20)."""
     return torch.logaddexp(x, torch.zeros_like(x))
@@ -102,13 +116,14 @@ class Softmax(RowLoss):
 
 
 def only_positive(logits_pos_NP: Tensor, mask_NP: Tensor, kind: str) -> Tensor:
-    """The logit of the one positive, (N,). Raises DataError where there are several."""
+    """The logit of the one positive, (N,). Raises SampleError where there are several."""
     count_N = mask_NP.sum(dim=1)
     if count_N.numel() and int(count_N.max()) > 1:
         index = int(count_N.argmax())
-        raise DataError(
-            f"loss {kind} takes one positive a sample, sample {index} of the batch has "
-            f"{int(count_N[index])}. Use loss.kind multi_softmax, decoupled, mlcd or mlc."
+        raise SampleError(
+            f"loss {kind} takes one positive a sample, {{sample}} has {int(count_N[index])}. Use loss.kind "
+            "multi_softmax, decoupled, mlcd or mlc.",
+            index,
         )
     return logits_pos_NP.masked_fill(~mask_NP, 0.0).sum(dim=1)
 
@@ -160,9 +175,10 @@ class SoftTargets(RowLoss):
             q_NP, given_N = q_NP / given_N.clamp_min(1e-12)[:, None], torch.ones_like(given_N)
         elif given_N.numel() and float(given_N.max()) > 1.001:
             index = int(given_N.argmax())
-            raise DataError(
-                f"label weights of sample {index} of the batch add up to {float(given_N[index]):.4g}, more than 1. "
-                "Set loss.tail to drop to divide them by their sum."
+            raise SampleError(
+                f"the label weights of {{sample}} add up to {float(given_N[index]):.4g}, more than 1. Set loss.tail to "
+                "drop to divide them by their sum.",
+                index,
             )
         tail_N = torch.where(extras.number_N > 0.5, (1.0 - given_N).clamp_min(0.0), 0.0)
         lse_N = torch.logaddexp(negatives_N, masked_logsumexp(logits_pos_NP, mask_NP))

@@ -48,7 +48,7 @@ def fitting(setup: Setup, machine: Machine, plan: Estimate) -> list[Advice]:
     """For each lever its smallest change that fits; without any, all of them together, then more workers."""
     alone, partial = [], []
     strongest = setup
-    for lever in (_shards, _row_state, _rate, _kept_logits, _zero, _precision, _accumulation):
+    for lever in (_shards, _row_state, _row_type, _rate, _kept_logits, _zero, _precision, _accumulation):
         tried = [(text, estimate(changed, machine)) for text, changed in lever(setup)]
         found = next((item for item in tried if item[1].fits), None)
         if found:
@@ -101,6 +101,11 @@ def _row_state(setup: Setup) -> Iterator[Lever]:
     if optimizer.kind == "sgd":
         plain = SGD(momentum=0.0, weight_decay=optimizer.weight_decay)
         yield "head.optimizer.momentum 0", change(setup, optimizer=plain)
+
+
+def _row_type(setup: Setup) -> Iterator[Lever]:
+    if setup.head.rows_dtype != "bf16":
+        yield f"head.rows_dtype bf16 instead of {setup.head.rows_dtype}", change(setup, rows_dtype="bf16")
 
 
 def _rate(setup: Setup) -> Iterator[Lever]:
@@ -173,8 +178,9 @@ def _more_kept(setup: Setup) -> Iterator[Lever]:
 
 
 def _head_precision(setup: Setup) -> Iterator[Lever]:
-    if setup.head_precision == "fp32":
-        yield "matrix products of the head in tf32", change(setup, head_precision="tf32")
+    if setup.head_precision in (None, "fp32") and setup.head.matmul == "fp32":
+        text = "head.matmul bf16 (on a GPU its products are in tf32)"
+        yield text, change(setup, matmul="bf16", head_precision=None)
 
 
 def best_layout(setup: Setup, machine: Machine) -> Estimate:

@@ -26,7 +26,7 @@ def plan_job(
     classes: int | None = None,
     workers: int | None = None,
     batch_per_worker: int | None = None,
-    head_precision: str = "fp32",
+    head_precision: str | None = None,
 ) -> tuple[Estimate, list[Advice]]:
     """The plan of a job on a described cluster, or on this machine with `local`, and what to change.
 
@@ -35,6 +35,7 @@ def plan_job(
         classes: instead of the job's own number.
         workers: instead of the cluster's, which are the job's if it names none.
         batch_per_worker: samples of a worker and micro batch, instead of the job's global batch.
+        head_precision: of the head's products on a described cluster, instead of what `head.matmul` gives.
 
     Raises JobError for a job without encoder and head, wrong fields of the cluster, or batches that don't divide.
     """
@@ -58,7 +59,7 @@ def tabulate(
     classes: Sequence[int],
     workers: Sequence[int],
     batch_per_worker: int | None = None,
-    head_precision: str = "fp32",
+    head_precision: str | None = None,
 ) -> list[Estimate]:
     """Plans for every number of classes and workers, each with the layout that is fastest among those that fit."""
     if cluster == LOCAL:
@@ -75,18 +76,18 @@ def tabulate(
     return plans
 
 
-def _setup(job: Job, classes: int | None, head_precision: str) -> tuple[Setup, AnyEncoderConfig]:
+def _setup(job: Job, classes: int | None, head_precision: str | None) -> tuple[Setup, AnyEncoderConfig]:
     encoder, head = getattr(job, "encoder", None), getattr(job, "head", None)
     if not isinstance(job, TrainJob) or not isinstance(head, HeadConfig) or encoder is None:
         raise JobError(f"plan: a job of workload {job.workload!r} has no sections train, encoder and head to plan for.")
-    if head_precision not in get_args(Precision):
+    if head_precision is not None and head_precision not in get_args(Precision):
         raise JobError(f"--head-precision {head_precision!r}: write {', '.join(get_args(Precision))}.")
     count = classes or job.class_count()
     if not count:
         raise JobError("plan: the job doesn't say how many classes there are; give --classes.")
     torch.manual_seed(0)
     cost = trace_encoder(build_encoder(encoder))
-    precision: Precision = head_precision  # type: ignore[assignment]
+    precision: Precision | None = head_precision  # type: ignore[assignment]
     return Setup(cost, head, count, job.train, job.cluster.workers, job.label_count(), precision), encoder
 
 

@@ -17,7 +17,8 @@ from labelmill.heads.config import HeadConfig
 from labelmill.heads.plan import HardSampling
 from labelmill.heads.ranks import check_shards
 from labelmill.heads.sampling import block_size
-from labelmill.heads.statistics import chunk_rows, needs_maximum
+from labelmill.heads.screen import CHUNK as SCREEN_CHUNK
+from labelmill.heads.statistics import ACCELERATOR_FACTOR, UPDATE_ELEMENTS, chunk_rows, needs_maximum
 from labelmill.heads.traffic import Collective, head_collectives, sent_bytes
 from labelmill.planning.spec import ClusterSpec, Precision
 from labelmill.planning.trace import EncoderCost, trace_head
@@ -37,7 +38,7 @@ class Setup:
         head, num_classes, positives: the head; P, the most labels of a sample.
         train: batch, accumulation, ZeRO stage, precision of the encoder.
         workers: ranks.
-        head_precision: of the head's matrix products.
+        head_precision: of the head's matrix products; None for what `head.matmul` gives.
     """
 
     encoder: EncoderCost
@@ -46,7 +47,7 @@ class Setup:
     train: TrainConfig
     workers: int
     positives: int = 1
-    head_precision: Precision = "fp32"
+    head_precision: Precision | None = None
 
     @property
     def dim(self) -> int:
@@ -71,11 +72,26 @@ class Setup:
         return self.batch * self.shards
 
     @property
-    def rows(self) -> int:
+    def classes(self) -> int:
         """C of the fullest shard."""
         size = block_size(self.num_classes, self.head.block_rows)
         blocks = -(-self.num_classes // size)
         return min(self.num_classes, -(-blocks // self.shards) * size)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the fullest shard: a class has `sub_centres` of them."""
+        return self.classes * self.head.sub_centres
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a stored number of the rows."""
+        return HEAD_ELEMENT if self.head.rows_dtype == "fp32" else 2
+
+    @property
+    def soft(self) -> bool:
+        """Whether labels come with weights: taken for granted where the loss takes them."""
+        return self.head.loss.soft
 
     def rows_with(self, micro_batches: int) -> float:
         """Expected rows of the fullest shard that are drawn or are positives of so many micro batches."""
@@ -108,8 +124,9 @@ class Setup:
         return (6 + 2 * (1 - self.kept)) * self.samples * self.step_rows * self.dim
 
     @property
-    def chunks(self) -> float:
-        return self.step_rows / chunk_rows(self.samples)
+    def screened(self) -> float:
+        """8-bit multiplications of a micro batch that find the hard classes."""
+        return float(self.samples * self.rows * self.dim) if _hard(self)[0] else 0.0
 
     @property
     def element(self) -> int:
@@ -119,6 +136,23 @@ class Setup:
     def check(self) -> None:
         """Raises JobError when the head's shards don't divide the workers."""
         check_shards(self.shards, self.workers)
+
+
+def head_precision(setup: Setup, spec: ClusterSpec) -> Precision:
+    """Precision of the head's products: `head.matmul: bf16` is tf32 on a GPU, and bf16 on a CPU."""
+    if setup.head_precision or setup.head.matmul == "fp32":
+        return setup.head_precision or "fp32"
+    return "tf32" if on_gpu(spec) else "bf16"
+
+
+def on_gpu(spec: ClusterSpec) -> bool:
+    """Whether the workers are GPUs: only they have a rate for tf32."""
+    return "tf32" in spec.tflops
+
+
+def chunk_of(setup: Setup, spec: ClusterSpec) -> float:
+    """Rows that the head works on at once."""
+    return min(setup.step_rows, chunk_rows(setup.samples) * (ACCELERATOR_FACTOR if on_gpu(spec) else 1))
 
 
 def traffic(setup: Setup, gloo: bool = False) -> list[Collective]:
@@ -134,6 +168,7 @@ def traffic(setup: Setup, gloo: bool = False) -> list[Collective]:
         _needs_maximum(setup),
         setup.head.loss.needs_sum,
         _hard(setup),
+        setup.soft,
     )
     return head + zero_collectives(setup, gloo)
 
@@ -150,7 +185,7 @@ def _hard(setup: Setup) -> tuple[int, int]:
     if not isinstance(head.sampling, HardSampling) or head.sample_rate >= 1:
         return 0, 0
     hard = max(1, round(head.sampling.share * round(head.sample_rate * setup.num_classes)))
-    return setup.rows, min(hard, setup.rows)
+    return setup.classes, min(hard, setup.classes)
 
 
 def zero_collectives(setup: Setup, gloo: bool = False) -> list[Collective]:
@@ -187,6 +222,7 @@ def memory(setup: Setup, spec: ClusterSpec, buckets: bool = True) -> dict[str, f
     """
     encoder, train, head = setup.encoder, setup.train, setup.head
     cost = trace_head(head, setup.dim, setup.positives)
+    rows = setup.rows * setup.dim * setup.stored
     workers, stage, e = setup.workers, train.zero_stage, setup.element
     parts = workers if stage else 1
     logits = setup.samples * setup.step_rows * HEAD_ELEMENT
@@ -199,17 +235,30 @@ def memory(setup: Setup, spec: ClusterSpec, buckets: bool = True) -> dict[str, f
     if stage:
         bucket = min(ZERO_BUCKET, ZERO_BUCKET if buckets else encoder.trainable) * (4 if stage == 1 else e)
     return {
-        "class rows": setup.rows * setup.dim * HEAD_ELEMENT,
-        "row optimizer": setup.rows * max(0.0, cost.row_bytes - setup.dim * HEAD_ELEMENT),
+        "class rows": rows,
+        "row optimizer": max(0.0, setup.classes * cost.class_bytes - rows),
         "rows of a step": setup.touched_rows * cost.step_row_bytes,
         "kept logits": min(head.memory_mb * 2**20, logits),
         "gathered batch": setup.samples * cost.sample_bytes + cost.fixed_bytes,
+        "chunks": _chunk_bytes(setup, spec),
         "encoder weights": weights,
         "encoder gradients": gradients,
         "encoder optimizer": states,
         "reduce bucket": bucket,
         "activations": setup.batch * (encoder.activation_bytes * e / 4 + encoder.input_bytes),
     }
+
+
+def _chunk_bytes(setup: Setup, spec: ClusterSpec) -> float:
+    """On a GPU: logits of a chunk that isn't kept; gradient, rows and momentum of those that move at once.
+
+    On a CPU they are small, and part of what was traced.
+    """
+    if not on_gpu(spec):
+        return 0.0
+    chunk = chunk_of(setup, spec)
+    moved = min(chunk, UPDATE_ELEMENTS / setup.dim * ACCELERATOR_FACTOR)
+    return HEAD_ELEMENT * ((setup.kept < 1) * chunk * setup.samples + 3 * moved * setup.dim)
 
 
 class Machine(Protocol):
@@ -240,6 +289,7 @@ class Machine(Protocol):
     def collective(self, item: Collective, setup: Setup) -> float: ...
 
 
+LAUNCHES_A_SCREEN = 4  # its products stay in cache
 LOGIT_BYTES = 20  # a logit is written, its exponential read and written, and read by two products
 LAUNCHES_A_CHUNK, LAUNCHES_A_MICRO_BATCH = 20, 80
 
@@ -259,21 +309,29 @@ class SheetMachine:
         return max(products, moved, cost.operations * spec.launch_us * 1e-6)
 
     def head(self, setup: Setup) -> dict[str, float]:
-        spec, numbers = self.spec, setup.step_rows * setup.dim * HEAD_ELEMENT
-        # rows are read twice and their gradient written; sampled rows are gathered first
-        passes = 3 if setup.head.sample_rate >= 1 else 5
-        moved = passes * numbers + LOGIT_BYTES * setup.samples * setup.step_rows
-        launches = LAUNCHES_A_CHUNK * setup.chunks + LAUNCHES_A_MICRO_BATCH
-        return {
-            "head products": setup.head_flops / spec.flops(setup.head_precision, "head"),
+        spec, numbers = self.spec, setup.step_rows * setup.dim
+        # rows are read twice, narrow ones through a wide copy, and their gradient written; sampled rows are gathered first
+        read = setup.stored + (2 * HEAD_ELEMENT if setup.stored < HEAD_ELEMENT else 0)
+        gathered = 2 * setup.stored if setup.head.sample_rate < 1 else 0
+        moved = (2 * read + HEAD_ELEMENT + gathered) * numbers + LOGIT_BYTES * setup.samples * setup.step_rows
+        chunks = setup.step_rows / max(1.0, chunk_of(setup, spec))
+        launches = LAUNCHES_A_CHUNK * chunks + LAUNCHES_A_MICRO_BATCH
+        parts = {
+            "head products": setup.head_flops / spec.flops(head_precision(setup, spec), "head"),
             "head memory": moved / spec.memory_rate,
             "head launches": launches * spec.launch_us * 1e-6,
         }
+        if setup.screened:
+            # 8-bit products are at least as fast as the fastest that the cluster names
+            rate = max(spec.flops(name, "head") for name in spec.tflops)
+            starts = LAUNCHES_A_SCREEN * setup.rows / SCREEN_CHUNK * spec.launch_us * 1e-6
+            parts["hard screen"] = 2 * setup.screened / rate + setup.rows * setup.dim / spec.memory_rate + starts
+        return parts
 
     def row_update(self, setup: Setup) -> float:
-        state = trace_head(setup.head, setup.dim, setup.positives).row_bytes - setup.dim * HEAD_ELEMENT
+        whole = trace_head(setup.head, setup.dim, setup.positives).class_bytes / setup.head.sub_centres
         # row and state are read and written, the gradient is read
-        moved = 3 * setup.dim * HEAD_ELEMENT + 2 * max(0.0, state)
+        moved = setup.dim * HEAD_ELEMENT + 2 * whole
         return setup.touched_rows * moved / self.spec.memory_rate
 
     def dense_update(self, setup: Setup) -> float:

@@ -23,6 +23,7 @@ from labelmill.encoders import AnyEncoderConfig, build_encoder
 from labelmill.encoders.base import Encoder, to_device
 from labelmill.errors import ClusterError
 from labelmill.heads.config import HeadConfig
+from labelmill.heads.precision import matmul_precision
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.traffic import Collective, sent_bytes
 from labelmill.planning.estimate import Setup, zero_collectives
@@ -85,11 +86,11 @@ class LocalMachine:
 
 def head_features(setup: Setup) -> tuple[float, ...]:
     """What the time of the head is made of: products and passes over logits, the same again for logits that are
-    computed twice, passes over rows, classes to draw from, and something for each call.
+    computed twice, passes over rows, classes to draw from, 8-bit products, and something for each call.
     """
     products = setup.samples * setup.step_rows * setup.dim
     drawn = setup.num_classes if setup.head.sample_rate < 1 else 0
-    return (products, (1 - setup.kept) * products, setup.step_rows * setup.dim, drawn, 1.0)
+    return (products, (1 - setup.kept) * products, setup.step_rows * setup.dim, drawn, setup.screened, 1.0)
 
 
 def probe(setup: Setup, encoder: AnyEncoderConfig, threads: int = 1) -> LocalMachine:
@@ -234,8 +235,9 @@ def _gemm_rate(setup: Setup) -> float:
     times = max(1, int(2e9 / (2 * 1024 * setup.dim * samples.shape[1])))
 
     def work() -> None:
-        for _ in range(times):
-            torch.mm(rows, samples, out=out)
+        with matmul_precision(setup.head.matmul):
+            for _ in range(times):
+                torch.mm(rows, samples, out=out)
 
     return 2 * 1024 * setup.dim * samples.shape[1] * times / timed(work)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from labelmill.planning.advice import Advice, verdict
-from labelmill.planning.estimate import Estimate
+from labelmill.planning.estimate import Estimate, head_precision
 
 
 def as_json(plan: Estimate, advice: Sequence[Advice] = ()) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def as_json(plan: Estimate, advice: Sequence[Advice] = ()) -> dict[str, Any]:
             "sample_rate": setup.head.sample_rate,
             "zero_stage": setup.train.zero_stage,
             "precision": setup.train.precision,
-            "head_precision": setup.head_precision,
+            "head_precision": head_precision(setup, plan.spec),
+            "sub_centres": setup.head.sub_centres,
+            "rows_dtype": setup.head.rows_dtype,
             "encoder_parameters": setup.encoder.parameters,
             "encoder_train_flops": setup.encoder.train_flops,
         },

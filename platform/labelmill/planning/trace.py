@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from labelmill.data.labels import Labels
 from labelmill.encoders.base import Encoder, Prepared
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
@@ -161,13 +162,13 @@ class HeadCost:
     """Memory of a head, from small ones of the same config.
 
     Attributes:
-        row_bytes: a class: its row and the optimizer's state.
+        class_bytes: a class: its rows (one for each sub-centre), the optimizer's state, the copy that finds hard classes.
         step_row_bytes: a row that takes part in a step: gathered copy, gradient, bookkeeping.
         sample_bytes: a sample of the replica's batch.
         fixed_bytes: chunks and what else depends on neither.
     """
 
-    row_bytes: float
+    class_bytes: float
     step_row_bytes: float
     sample_bytes: float
     fixed_bytes: float
@@ -179,9 +180,9 @@ def trace_head(config: HeadConfig, dim: int, positives: int = 1) -> HeadCost:
     Logits kept for the backward pass are left out: `memory_mb` limits them.
     """
     rate = 1.0 if config.sample_rate >= 1 else 0.5
-    return _trace_head(
-        config.model_copy(update={"memory_mb": 0.0, "shards": None, "sample_rate": rate}), dim, positives
-    )
+    # what changes no tensor's size shall not be traced again
+    same = {"memory_mb": 0.0, "shards": None, "sample_rate": rate, "matmul": "fp32", "initial": None}
+    return _trace_head(config.model_copy(update=same), dim, positives)
 
 
 @lru_cache(maxsize=32)
@@ -206,11 +207,13 @@ def _head_peak(config: HeadConfig, classes: int, dim: int, batch: int, positives
     head = ShardedHead(classes, dim, config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(classes, (batch, positives), generator=generator)
+    # as they come from a stream: int64 ids, float32 weights
+    labels = Labels("soft", ids, weights_BP=torch.full(ids.shape, 1 / positives)) if config.loss.soft else ids
     touched = 0
     with PeakMemory() as memory:
         for _ in range(2):
             x_BD = torch.randn(batch, dim, generator=generator, requires_grad=True)
-            head.loss(x_BD, ids).backward()
+            head.loss(x_BD, labels).backward()
             touched = len(head.pending_rows()[0])
             head.step(0.1)
     return memory.peak, touched

@@ -47,11 +47,13 @@ class Position:
         step: optimizer steps done.
         cursor: committed samples, the position of the stream.
         stream: digest of the order that the cursor belongs to.
+        skipped: steps that were left out because a value was not finite.
     """
 
     step: int
     cursor: int
     stream: str
+    skipped: int = 0
 
 
 class CheckpointError(RuntimeError):
@@ -99,6 +101,7 @@ class Checkpointer:
             "step": position.step,
             "cursor": position.cursor,
             "stream": position.stream,
+            "skipped": position.skipped,
             "world": world,
             "optimizer_steps": engine.optimizer_steps,
             "heads": {name: head.num_classes for name, head in engine.objective.heads.items()},
@@ -261,4 +264,4 @@ def restore(folder: Path, engine: Engine, objective: Objective) -> Position:
     rng = folder / f"rng-{dist.get_rank()}.safetensors"
     if index["world"] == dist.get_world_size() and rng.is_file():
         torch.set_rng_state(load_file(rng)["torch"])
-    return Position(index["step"], index["cursor"], index["stream"])
+    return Position(index["step"], index["cursor"], index["stream"], index.get("skipped", 0))

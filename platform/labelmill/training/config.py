@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -76,6 +76,8 @@ class TrainJob(Job):
     """A job that trains: the checks that involve the cluster, the batch and the heads."""
 
     train: TrainConfig
+    continued_heads: ClassVar[tuple[str, ...]] = ()
+    """Sections of heads whose `initial` the workload follows."""
 
     def class_count(self) -> int | None:
         """Classes of the head, for `labelmill plan`; None when only the data can tell."""
@@ -105,4 +107,11 @@ class TrainJob(Job):
                     check_shards(section.shards, self.cluster.workers)
                 except JobError as error:
                     raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _follows_initial(self) -> TrainJob:
+        for name, section in self:
+            if isinstance(section, HeadConfig) and section.initial and name not in self.continued_heads:
+                raise ValueError(f"{name}.initial: the classes of workload {self.workload} are made anew by each run")
         return self

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from labelmill.data.stream import Batch
-from labelmill.heads.batch import NotFiniteError as HeadNotFiniteError
+from labelmill.errors import DataError
+from labelmill.heads.batch import NotFiniteError
+from labelmill.losses.classification import SampleError
 from labelmill.training.checkpoint import Position
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine
@@ -19,10 +21,6 @@ from labelmill.training.objective import Losses
 
 PARTS = ("wait for data", "forward", "backward", "update")
 """What a step's seconds are spent on; the sharded head's logits and gradients are part of `forward`."""
-
-
-class NotFiniteError(FloatingPointError):
-    """The loss became NaN or infinite, in more steps than the job allows."""
 
 
 def train(
@@ -44,6 +42,10 @@ def train(
         total_steps: of the whole run; the schedule is laid over them.
         sink: takes metrics; given to rank 0 only.
         checkpoint: saves at a position; collective.
+
+    Raises, on all ranks alike:
+        NotFiniteError: a loss or an embedding was NaN or infinite in more steps than the job allows.
+        DataError: a sample that a head's loss can't take; names its key.
     """
     engine.objective.train()
     position = start
@@ -56,7 +58,7 @@ def train(
         seconds[part] += now - clock
         clock = now
 
-    skipped = 0
+    skipped = start.skipped
     for step in range(start.step, total_steps):
         rate = config.rate(step, total_steps)
         loss, parts, norm = 0.0, dict[str, float](), math.nan
@@ -89,7 +91,8 @@ def train(
                     f"train.max_skipped_steps is {config.max_skipped_steps}. Lower train.learning_rate, or set "
                     "train.max_grad_norm."
                 )
-        position = Position(step + 1, start.cursor + (step + 1 - start.step) * config.global_batch, start.stream)
+        cursor = start.cursor + (step + 1 - start.step) * config.global_batch
+        position = Position(step + 1, cursor, start.stream, skipped)
         window_steps += 1
 
         last = step + 1 == total_steps
@@ -124,11 +127,24 @@ def _forward(engine: Engine, batch: Batch) -> tuple[Losses | None, str]:
     """The losses of a micro batch; without them, on every rank alike, what isn't finite."""
     try:
         losses = engine.forward(batch)
-    except HeadNotFiniteError as error:
+    except NotFiniteError as error:
         return None, str(error)
+    except SampleError as error:
+        raise _with_key(error, batch) from None
     if engine.all_finite(losses.total):
         return losses, ""
     return None, f"the loss is {float(losses.total.detach())}"
+
+
+def _with_key(error: SampleError, batch: Batch) -> DataError:
+    """The error, which all ranks have, with the sample's key."""
+    if error.at is None:
+        return error
+    rank, index, size = error.at
+    # an objective that gives the head other samples than the batch's has no key to show
+    key = [batch.keys[index] if dist.get_rank() == rank and size == len(batch.keys) else None]
+    dist.broadcast_object_list(key, src=rank)
+    return error if key[0] is None else DataError(f"{error} The sample's key is {key[0]!r}.")
 
 
 def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.events import HistorySink, Sink
+from labelmill.training.initial import HeadStart, load_heads, load_weights
 from labelmill.training.loop import predict, train
 from labelmill.training.objective import Objective, Progress
 
@@ -56,6 +57,7 @@ class FitTask:
         use_gpu, threads, read_cpus: from the job's cluster section.
         transport: `ray` streams through Ray Data; `local` reads in the worker process.
         rows_dtype: of exported head rows.
+        initial: what heads go on from in a fresh run, by name.
     """
 
     objective: Callable[[], Objective]
@@ -70,6 +72,7 @@ class FitTask:
     read_cpus: float = 0.25
     transport: Literal["ray", "local"] = "ray"
     rows_dtype: torch.dtype = torch.float32
+    initial: Mapping[str, HeadStart] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
@@ -80,7 +83,8 @@ class FitTask:
 def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, Any]:
     """Trains (or resumes), exports, predicts. Needs a process group. Returns the seconds of each part.
 
-    Raises DataError for damaged data or a checkpoint of another stream; NotFiniteError when the loss diverges.
+    Raises DataError for damaged data or a checkpoint of another stream; NotFiniteError when more steps than the job
+    allows met values that are not finite.
     """
     clock, timing = time.perf_counter(), dict[str, float]()
 
@@ -99,6 +103,8 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
     found = latest_checkpoint(checkpoints)
     if found:
         load_dense(objective, read_dense(found))
+    else:
+        load_weights(objective, task.initial)
     engine = Engine(objective, task.config, device)
     lap("build model")
 
@@ -162,6 +168,7 @@ def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | No
     stream = task.train.digest if task.train else ""
     if found is None:
         objective.start(progress)
+        load_heads(engine, task.initial)
         return Position(0, 0, stream)
     expected = read_index(found)["stream"]
     if task.train and expected != stream:

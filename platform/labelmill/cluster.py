@@ -95,13 +95,15 @@ def check_resources(cluster: ClusterConfig) -> None:
     ):
         if not per_worker:
             continue
-        need = cluster.workers * per_worker + extra
+        counted = "min_workers" if cluster.min_workers else "workers"
+        workers = cluster.min_workers or cluster.workers
+        need = workers * per_worker + extra
         have = free.get(kind, 0.0)
         if need > have + 1e-6:
             fits = max(0, int((have - extra) / per_worker + 1e-6))
             reading = f" + {extra:g} for reading" if extra else ""
             raise ClusterError(
-                f"cluster.workers: {cluster.workers} workers x {per_worker:g} {kind}{reading} = {need:g} {kind}, but "
+                f"cluster.{counted}: {workers} workers x {per_worker:g} {kind}{reading} = {need:g} {kind}, but "
                 f"{have:g} of {total.get(kind, 0.0):g} are free. {fits} worker(s) fit; use fewer, a smaller {field}, "
                 "or a larger cluster."
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,6 @@ class SlowClassifier(Classifier):
         self.pause_s = pause_s
 
     def forward(self, batch: Any) -> Any:
-        import time
-
         time.sleep(self.pause_s)
         return super().forward(batch)
 
@@ -83,3 +84,10 @@ def assert_no_orphans(work: Path, keep: int = 2) -> None:
     assert len(complete(root)) <= keep
     assert not [problem for folder in complete(root) for problem in verify(folder)]
     assert not (work / ".ray").exists()
+
+
+def steps_done_again(work: Path) -> dict[int, int]:
+    """Steps that were made twice, by the step that training went on from; the raw history tells."""
+    lines = (work / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    return {after - 1: before - after + 1 for before, after in pairwise(steps) if after <= before}

@@ -30,7 +30,7 @@ HEALTH = {
     "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 4,
 }
-STEPS = 260
+STEPS = 500
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -50,7 +50,7 @@ class Story:
 
     def __init__(self, cluster: Any, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        self.hosts = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.hosts = [cluster.add_node(num_cpus=2) for _ in range(2)]
         self.plan: list[tuple[str, Callable[[], None]]] = [
             ("SIGKILL of a worker", self.kill_worker),
             ("SIGKILL of Train's controller", self.kill_controller),
@@ -96,7 +96,7 @@ class Story:
         os.kill(self.hosts[1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
     def add_hosts(self) -> None:
-        self.hosts[1:] = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.hosts[1:] = [self.cluster.add_node(num_cpus=2) for _ in range(2)]
 
     def drain(self) -> None:
         from ray._raylet import GcsClient
@@ -123,21 +123,25 @@ def run_story(data: str, folder: Path) -> dict[str, Any]:
     from labelmill.job import ClusterConfig
     from labelmill.training.attempts import read_attempts
     from labelmill.training.fit import fit
-    from tests.survival import fit_task
+    from tests.survival import fit_task, steps_done_again
 
     for name, value in HEALTH.items():
         os.environ[f"RAY_{name}"] = str(value)
     temp = tempfile.mkdtemp(prefix="lms", dir="/tmp")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0.5, "temp_dir": temp})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": temp})
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         story = Story(cluster, folder)
         config = ClusterConfig(
-            workers=3, min_workers=1, cpus_per_worker=1, read_cpus=0.1, max_failures=2, hang_limit_s=6, resize_every_s=2
+            workers=3, min_workers=1, cpus_per_worker=2, read_cpus=0.5, max_failures=2, hang_limit_s=6, resize_every_s=2
         )
         task = replace(fit_task(data, folder / "work", STEPS, pause_s=0.05), hang_limit_s=config.hang_limit_s)
         fit(task, config, "story", story.on_event)
-        return {"strikes": story.struck, "attempts": read_attempts(folder / "work")}
+        return {
+            "strikes": story.struck,
+            "attempts": read_attempts(folder / "work"),
+            "again": steps_done_again(folder / "work"),
+        }
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -149,7 +153,7 @@ def table(found: dict[str, Any]) -> str:
     """What each fault cost, from the strike to the first step of the attempt that followed."""
     rows = ["| fault | noticed as | workers | outage s | steps done again |", "|---|---|---|---|---|"]
     for strike, before, after in zip(found["strikes"], found["attempts"], found["attempts"][1:], strict=False):
-        again = before["to_step"] - after["from_step"]
+        again = {int(step): count for step, count in found["again"].items()}.get(after["from_step"], 0)
         rows.append(
             f"| {strike['fault']} | {after['why'][:90]} | {before['workers']} -> {after['workers']} | "
             f"{after['outage_s']:.1f} | {again} |"

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from labelmill.cluster import set_environment
-from tests.survival_cluster import HEALTH, table
+from tests.survival_cluster import HEALTH, STEPS, table
 
-STEPS = 200
 PYTHON = sys.executable
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -105,6 +104,7 @@ def _environment() -> dict[str, str]:
 def run_story(data: str, folder: Path) -> dict[str, Any]:
     """Trains through a cut and a kill; returns the strikes and the attempts."""
     from labelmill.training.attempts import read_attempts
+    from tests.survival import steps_done_again
 
     set_environment()
     temp = tempfile.mkdtemp(prefix="lmh", dir="/tmp")
@@ -143,7 +143,7 @@ def run_story(data: str, folder: Path) -> dict[str, Any]:
         shutil.rmtree(temp, ignore_errors=True)
         if not (folder / "done").exists():
             raise RuntimeError((folder / "host-a.log").read_text()[-3000:])
-    return {"strikes": strikes, "attempts": read_attempts(folder / "work")}
+    return {"strikes": strikes, "attempts": read_attempts(folder / "work"), "again": steps_done_again(folder / "work")}
 
 
 def _steps(folder: Path, attempt: int) -> int:

@@ -88,11 +88,22 @@ def _damage_last_rows(work: Path) -> None:
     flip(path, path.stat().st_size - 3)
 
 
+def skewed_legs(rank: int, world: int, data: str, folder: str) -> None:
+    """The second rank's clock is an hour ahead, and jumps a day back between the legs."""
+    real = time.time
+    for steps, skew_s in ((12, 3600.0), (24, -82800.0)):
+        if rank == 1:
+            time.time = lambda skew_s=skew_s: real() + skew_s
+        leg(rank, world, data, f"{folder}/skewed", steps, train={"checkpoint_every_s": 0.2, "checkpoint_every": 0})
+    time.time = real
+
+
 def all_legs(rank: int, world: int, data: str, folder: str) -> dict[str, Any]:
     """What these tests look at, in one process group: starting processes is what costs."""
     train_locally(rank, world, data, f"{folder}/whole", 24)
     leg(rank, world, data, f"{folder}/half", 12)
     found: dict[str, Any] = {"damaged": damaged_legs(rank, world, data, folder)}
+    skewed_legs(rank, world, data, folder)
     copied = {"checkpoint_to": PLACE}
     leg(rank, world, data, f"{folder}/copied", 12, **copied)
     if rank == 0:
@@ -166,6 +177,11 @@ def test_a_lost_disk_is_replaced_by_the_copies(story: Any) -> None:
         ("copy", 24, 576, 2),
     ]
     assert [verify_entry(entry) for entry in entries] == [[], []]
+
+
+def test_clocks_that_differ_change_nothing(story: Any) -> None:
+    folder, _ = story
+    assert_as_uninterrupted(folder / "skewed", folder / "whole")
 
 
 def test_export_gives_plain_weights(story: Any, tmp_path: Path) -> None:
@@ -305,7 +321,6 @@ def on_small_disk(rank: int, world: int, data: str, disk: str, full: str) -> dic
     run_worker(task, rank, world, sink if rank == 0 else ListSink())
     notes = [event["text"] for event in sink.events if event["kind"] == "note"]
     lasting = replace(task, work=Path(disk, "lasting"))
-    shutil.rmtree(Path(disk, "run2"), ignore_errors=True)
     try:
         run_worker(lasting, rank, world, Filling(Path(disk), 6, 99) if rank == 0 else ListSink())
     except CheckpointError as error:

@@ -186,10 +186,10 @@ class Attempt:
         if len(self._states) < self._workers:
             return
         step = min(state["step"] for state in self._states.values())
-        if self._step is not None and step > self._step:
-            self._attempts.stepped(self._step, step)
-        if any(state["watched"] for state in self._states.values()) or self._step is None:
+        first = max(state["first"] for state in self._states.values())
+        if step > max(first, self._step or 0):
             self._step = step
+            self._attempts.stepped(first, step)
 
     def _hang(self, now: float) -> BaseException | None:
         limit = self._cluster.hang_limit_s

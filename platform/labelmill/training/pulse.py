@@ -42,7 +42,7 @@ class Pulse:
         limit_s: float | None = None,
         stacks: Path | None = None,
     ) -> None:
-        self.rank, self.step = rank, 0
+        self.rank, self.step, self.first = rank, 0, 0
         self._mailbox, self._save_every_s = mailbox, save_every_s
         self._limit_s, self._path = limit_s if stacks else None, stacks
         self._part, self._watched = "start", False
@@ -76,6 +76,10 @@ class Pulse:
 
     # --- the loop's side -------------------------------------------------------------------------------------
 
+    def begin(self, step: int) -> None:
+        """Training begins, after `step` steps."""
+        self.step = self.first = step
+
     def enter(self, part: str, watched: bool = True) -> None:
         """A part of the work begins; `watched` parts must end within the limit."""
         self._part, self._watched = part, watched
@@ -103,6 +107,7 @@ class Pulse:
 
     def _state(self) -> dict[str, Any]:
         return {
+            "first": self.first,
             "step": self.step,
             "part": self._part,
             "watched": self._watched,
@@ -115,7 +120,8 @@ class Pulse:
 
     def _run(self) -> None:
         handle = self._own_handle()
-        while not self._ended.wait(_EVERY_S if self._told else 0.01):
+        every_s = min(_EVERY_S, (self._limit_s or 4 * _EVERY_S) / 4)  # the timer is set again long before it is due
+        while not self._ended.wait(every_s if self._told else 0.01):
             if self._file is not None and (self._ticks != self._told or not self._watched):
                 faulthandler.dump_traceback_later(self._limit_s or 0.0, file=self._file, exit=False)
                 if not self._watched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from labelmill.errors import ClusterError, JobError
@@ -49,28 +49,40 @@ def free_workers(cluster: ClusterConfig) -> int:
     """Training workers that could start now beside one read task, each on one host."""
     from ray._private.state import available_resources_per_node
 
+    return _fitting(cluster, available_resources_per_node())
+
+
+def most_workers(cluster: ClusterConfig) -> int:
+    """Training workers that would fit if nothing else ran."""
+    import ray
+
+    return _fitting(cluster, {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]})
+
+
+def _fitting(cluster: ClusterConfig, resources: Mapping[str, Mapping[str, float]]) -> int:
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     leaving = draining_nodes()
-    nodes = {node: free for node, free in available_resources_per_node().items() if node not in leaving}
+    nodes = [of_node for node, of_node in resources.items() if node not in leaving]
     fits = sum(
-        int(min(free.get(kind, 0.0) / each + _ROUNDING for kind, each in per_worker.items() if each))
-        for free in nodes.values()
+        int(min(of_node.get(kind, 0.0) / each + _ROUNDING for kind, each in per_worker.items() if each))
+        for of_node in nodes
     )
-    spare = sum(free.get("CPU", 0.0) for free in nodes.values()) - cluster.read_cpus
+    spare = sum(of_node.get("CPU", 0.0) for of_node in nodes) - cluster.read_cpus
     return max(0, min(fits, int(spare / cluster.cpus_per_worker + _ROUNDING)))
 
 
 def wait_for_room(cluster: ClusterConfig, sizes: Sequence[int], settle_s: float) -> int:
-    """The largest of `sizes` that fits. After a failure, what was lost may take `settle_s` to be seen as free again.
+    """The largest of `sizes` that fits. What an attempt that failed had may take `settle_s` to be seen as free again.
 
     Raises ClusterError when not even the smallest fits within `cluster.wait_s`.
     """
     began = time.monotonic()
     while True:
-        free = free_workers(cluster)
+        free, most = free_workers(cluster), most_workers(cluster)
         fitting = [size for size in sizes if size <= free]
+        possible = [size for size in sizes if size <= most]
         waited = time.monotonic() - began
-        if fitting and (fitting[-1] == sizes[-1] or waited >= settle_s):
+        if fitting and (fitting[-1] >= max(possible, default=0) or waited >= settle_s):
             return fitting[-1]
         if waited >= cluster.wait_s:
             raise ClusterError(

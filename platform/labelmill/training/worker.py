@@ -156,7 +156,7 @@ def _train(
         start=position.cursor,
         stop=task.total_steps * config.global_batch,
     )
-    pulse.step = position.step
+    pulse.begin(position.step)
     stream = open_stream(spec, streams, engine.objective, rank, world, sink, task.augment, task.threads)
     batches = iter(stream)
     saver = Checkpointer(

@@ -130,7 +130,7 @@ def run_story(data: str, folder: Path) -> dict[str, Any]:
             ("the host is back", back),
             ("SIGKILL of a host", lambda: hosts.kill("b")),
         ]
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while hosts.running["a"].poll() is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the training didn't end; see {folder}")

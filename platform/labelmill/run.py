@@ -42,6 +42,7 @@ from labelmill.training.attempts import read_attempts
 from labelmill.training.config import TrainConfig
 
 log = logging.getLogger("labelmill")
+_RANKS_SHOWN = 16  # a metric a rank; with more only the slowest
 
 
 class Run:
@@ -224,9 +225,18 @@ class Run:
                 self.tracker.metrics([("outage_seconds", event["outage_s"], event["from_step"], when)])
             case "ranks":
                 write_json(folder / "ranks.json", event)
+                own_ms = {rank: s["own_ms"] for rank, s in event["ranks"].items() if s["own_ms"] is not None}
+                shown = own_ms if len(own_ms) <= _RANKS_SHOWN else {}
+                values = {f"ranks/own_ms_{rank}": value for rank, value in shown.items()}
+                if own_ms:
+                    slowest = max(own_ms, key=lambda rank: own_ms[rank])
+                    values |= {"ranks/slowest": float(slowest), "ranks/slowest_own_ms": own_ms[slowest]}
+                self._track(event["step"], event["time"], values)
                 for rank, state in event["ranks"].items():
-                    if state["own_ms"] is not None:
-                        self._track(event["step"], event["time"], {f"ranks/own_ms_{rank}": state["own_ms"]})
+                    if state["straggler"]:
+                        log.warning(
+                            "rank %s on %s is slow: %.0f ms of own work a step", rank, state["host"], own_ms[rank]
+                        )
             case "reading":
                 with open(folder / "reading.jsonl", "a", encoding="utf-8") as out:
                     out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -248,15 +249,12 @@ class Attempt:
         self._roomy = bool(larger)
 
     def _end_workers(self) -> None:
-        """Ends what is left of the workers; those of a finished attempt are gone already."""
+        """Ends what is left of the workers and the mailbox; those of a finished attempt are gone already."""
         import ray
 
-        for state in self._states.values():
-            if actor := state.get("actor"):
-                try:
-                    ray.kill(actor, no_restart=True)
-                except Exception:  # gone, or its host is
-                    continue
+        for actor in [*(state.get("actor") for state in self._states.values()), self._mailbox]:
+            with contextlib.suppress(Exception):  # gone, or its host is
+                ray.kill(actor, no_restart=True)
 
 
 def mark_stragglers(ranks: dict[int, State]) -> dict[int, State]:

@@ -176,16 +176,17 @@ class Checkpointer:
                 shutil.rmtree(left, ignore_errors=True)
 
     def close(self, timeout_s: float = 120.0) -> None:
-        """Lets the checkpoint being written and its copy end; not collective, raises nothing."""
+        """Lets the checkpoint being written and its copy end, in about so long; not collective, raises nothing."""
         with contextlib.suppress(Exception):  # the error that ended training is the one to show
             self._writer.finish(timeout_s)
         with contextlib.suppress(Exception):
-            self._committer.finish(_GRACE_S)
+            self._committer.finish(min(_GRACE_S, timeout_s))
         self._stop.set()  # the part of a rank that is gone won't come
         with contextlib.suppress(Exception):
             self._committer.finish(timeout_s)
         if self._commit.copier:
             self._commit.copier.close(timeout_s)
+            _drop_old(self.root, self._commit)
 
     @staticmethod
     def _error(work: Background) -> str:
@@ -304,12 +305,17 @@ def _make_whole(
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     sync(target.parent)
-    busy = how.copier.busy_with if how.copier else None
-    for old in complete(target.parent)[: -how.keep]:
-        if old != busy:
-            shutil.rmtree(old, ignore_errors=True)
+    _drop_old(target.parent, how)
     if how.copier:
         how.copier.wants(target)
+
+
+def _drop_old(root: Path, how: Commit) -> None:
+    """Leaves the newest, and the one that is being copied."""
+    busy = how.copier.busy_with if how.copier else None
+    for old in complete(root)[: -how.keep]:
+        if old != busy:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Copier:

@@ -169,6 +169,7 @@ def _train(
         lambda text: sink.post(kind="note", text=text),
     )
     save = Saving(saver, engine, config.max_failed_checkpoints, sink if rank == 0 else None)
+    patience_s = 5.0
     try:
         position = train(
             engine,
@@ -182,8 +183,10 @@ def _train(
         )
         pulse.enter("checkpoint", watched=False)
         save.finish()
+        if position.step == task.total_steps:  # a stop in between is in a hurry, and the next checkpoint is copied too
+            patience_s = 120.0
     finally:
-        saver.close()
+        saver.close(patience_s)
     batches.close()
     _post_reading(stream, rank, sink)
     return position

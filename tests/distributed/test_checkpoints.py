@@ -241,6 +241,9 @@ def test_an_index_that_names_files_elsewhere_is_refused(story: Any, tmp_path: Pa
 
 def outage(rank: int, world: int, data: str, work: str, flag: str) -> dict[str, Any]:
     """A leg during which the place of copies doesn't answer, and one after it does again."""
+    from labelmill.data import s3
+
+    s3.BACKOFF_S = 0.005
     began = time.monotonic()
     during = leg(rank, world, data, work, 12, checkpoint_to=PLACE)
     seconds = time.monotonic() - began

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,14 +91,15 @@ class HistorySink:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        data = memoryview("".join(self._waiting).encode())
         try:
-            with open(self._path, "ab") as out:
+            with open(self._path, "ab", buffering=0) as out:  # a buffer would be written again by its closing
                 size = out.tell()
                 try:
-                    out.write("".join(self._waiting).encode())
-                    out.flush()
+                    while len(data):
+                        data = data[out.write(data) :]
                 except OSError:
-                    os.truncate(self._path, size)  # no half a line
+                    out.truncate(size)  # no half a line
                     raise
             self._waiting = []
         except OSError as error:

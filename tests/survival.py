@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from labelmill.data.manifest import load_manifest
+from labelmill.data.labels import LabelSpec
+from labelmill.data.manifest import FieldSpec, load_manifest
 from labelmill.data.spec import StreamSpec
+from labelmill.data.writer import ShardWriter
 from labelmill.encoders import CharNgramsConfig
 from labelmill.heads.config import HeadConfig
 from labelmill.stages import Fitted
@@ -24,6 +26,17 @@ from labelmill.training.worker import FitTask, run_worker
 from workloads.discrimination.partial_fc import Classifier
 
 CLASSES = 7
+
+
+def write_texts(folder: Path, samples: int = 200) -> str:
+    """A data set of packed texts; returns its folder."""
+    fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=7)
+    with ShardWriter(
+        folder / "texts", "texts", fields, label, layout="packed", rows_per_member=16, samples_per_shard=20
+    ) as writer:
+        for i in range(samples):
+            writer.write(f"s{i:05d}", {"text": f"word-{i}"}, {"label": i % 7})
+        return str(writer.close().root)
 
 
 class SlowClassifier(Classifier):

@@ -27,7 +27,7 @@ from labelmill.training.events import ListSink
 from labelmill.training.local import spawn
 from labelmill.training.worker import run_worker
 from tests.faults import FaultServer, Rule
-from tests.survival import assert_as_uninterrupted, assert_no_orphans, fit_task, train_locally
+from tests.survival import assert_as_uninterrupted, assert_no_orphans, fit_task, train_locally, write_texts
 
 PLACE = "s3://data/copies/run"
 
@@ -127,20 +127,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
             patch.setenv(name, value)
         data = write_texts(folder)
         yield folder, spawn(all_legs, 2, data, str(folder))[0]
-
-
-def write_texts(folder: Path, samples: int = 200) -> str:
-    from labelmill.data.labels import LabelSpec
-    from labelmill.data.manifest import FieldSpec
-    from labelmill.data.writer import ShardWriter
-
-    fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=7)
-    with ShardWriter(
-        folder / "texts", "texts", fields, label, layout="packed", rows_per_member=16, samples_per_shard=20
-    ) as writer:
-        for i in range(samples):
-            writer.write(f"s{i:05d}", {"text": f"word-{i}"}, {"label": i % 7})
-        return str(writer.close().root)
 
 
 @pytest.mark.parametrize("case", ["dense", "optimizer", "rows", "head index"])

@@ -27,8 +27,7 @@ from labelmill.training.attempts import read_attempts
 from labelmill.training.checkpoint_files import step_of
 from labelmill.training.local import spawn
 from tests import survival_cluster, survival_hosts
-from tests.distributed.test_checkpoints import write_texts
-from tests.survival import assert_as_uninterrupted, assert_no_orphans, losses, train_locally
+from tests.survival import assert_as_uninterrupted, assert_no_orphans, losses, train_locally, write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 

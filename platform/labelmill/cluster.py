@@ -17,7 +17,8 @@ _LONGEST_TEMP = 30
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # the controller's poll, which ends every fit
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer to start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # training/attempt.py heeds drains; one process fewer to start
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # a busy machine imports slowly
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -17,7 +17,8 @@ _LONGEST_TEMP = 30
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # the controller's poll, which ends every fit
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer to start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # training/attempt.py heeds drains; one process fewer to start
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # a busy machine imports slowly
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -95,13 +96,15 @@ def check_resources(cluster: ClusterConfig) -> None:
     ):
         if not per_worker:
             continue
-        need = cluster.workers * per_worker + extra
+        counted = "min_workers" if cluster.min_workers else "workers"
+        workers = cluster.min_workers or cluster.workers
+        need = workers * per_worker + extra
         have = free.get(kind, 0.0)
         if need > have + 1e-6:
             fits = max(0, int((have - extra) / per_worker + 1e-6))
             reading = f" + {extra:g} for reading" if extra else ""
             raise ClusterError(
-                f"cluster.workers: {cluster.workers} workers x {per_worker:g} {kind}{reading} = {need:g} {kind}, but "
+                f"cluster.{counted}: {workers} workers x {per_worker:g} {kind}{reading} = {need:g} {kind}, but "
                 f"{have:g} of {total.get(kind, 0.0):g} are free. {fits} worker(s) fit; use fewer, a smaller {field}, "
                 "or a larger cluster."
             )

@@ -7,7 +7,7 @@ key) and what to write instead. It is raised before any worker starts wherever t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -40,8 +40,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Known: {shown}." if names else ""
 
 
-def user_error_in(error: BaseException | None) -> UserError | None:
-    """The `UserError` behind an exception that crossed processes: in its causes or per-worker failures."""
+def errors_behind(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception that crossed processes, its causes, and per-worker failures with theirs."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -49,12 +49,18 @@ def user_error_in(error: BaseException | None) -> UserError | None:
         if item is None or id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, UserError):
-            # Ray makes exceptions of two classes at once; hand on the plain one
-            return next((c for c in type(item).__mro__ if c.__module__ == __name__), UserError)(_message(item))
+        yield item
         waiting += [item.__cause__, item.__context__, getattr(item, "cause", None)]
         failures = getattr(item, "worker_failures", None)
         waiting += list(failures.values()) if isinstance(failures, dict) else []
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The `UserError` behind an exception that crossed processes."""
+    for item in errors_behind(error):
+        if isinstance(item, UserError):
+            # Ray makes exceptions of two classes at once; hand on the plain one
+            return next((c for c in type(item).__mro__ if c.__module__ == __name__), UserError)(_message(item))
     return None
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from labelmill.errors import JobError, did_you_mean
 
@@ -55,7 +64,26 @@ class ClusterConfig(StrictModel):
         0.0, ge=0, description="GPUs reserved by a worker; above 0 the run uses CUDA and NCCL"
     )
     read_cpus: float = Field(0.25, gt=0, description="CPUs reserved by one read task of the stream")
-    max_failures: int = Field(0, ge=0, description="times the worker group is restarted from the last checkpoint")
+    min_workers: int | None = Field(
+        None, ge=1, description="train on with as few when hosts are lost, and grow again up to `workers`; empty: never"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="restarts after failures without a new checkpoint between them; preemption doesn't count"
+    )
+    hang_limit_s: float | None = Field(
+        600.0,
+        gt=0,
+        description="seconds without progress in training after which stacks are kept and workers restarted",
+    )
+    wait_s: float = Field(
+        600.0, ge=0, description="seconds to wait for lost resources to come back before the run is given up"
+    )
+    resize_every_s: float = Field(
+        30.0, gt=0, description="seconds between two looks for hosts that training could grow onto"
+    )
+    checkpoint_to: str | None = Field(
+        None, min_length=1, description="folder or s3:// address that every checkpoint is copied to, in the background"
+    )
     object_store_mb: int | None = Field(None, ge=100, description="object store of a cluster that we start, MiB")
 
     @field_validator("address")
@@ -64,6 +92,12 @@ class ClusterConfig(StrictModel):
         if value and value.startswith("ray://"):
             raise ValueError("Ray client addresses (ray://) can't host a training run; use the cluster's own address")
         return value
+
+    @model_validator(mode="after")
+    def _elastic_range(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
 
 
 class TrackingConfig(StrictModel):
@@ -77,6 +111,9 @@ class TrackingConfig(StrictModel):
     system_metrics: bool = Field(True, description="log CPU, memory, disk and network of the host")
     interval_s: float = Field(5.0, gt=0, description="seconds between two logs of training metrics")
     timeout_s: float = Field(10.0, gt=0, description="seconds a tracking server may take to answer the first call")
+    required: bool = Field(
+        True, description="a server that doesn't answer at the start stops the run; false: all is sent once it does"
+    )
 
 
 class Job(StrictModel):

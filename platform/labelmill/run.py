@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +28,24 @@ from torch import Tensor
 from labelmill import __version__
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import AnySpec
+from labelmill.data.store import join, normal
 from labelmill.errors import UserError
+from labelmill.heads.config import HeadConfig
 from labelmill.heads.index import IndexConfig, build_index
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
 from labelmill.tracking.model import ClassPrior
 from labelmill.tracking.report import Report
-from labelmill.tracking.run import Tracker, code_version
+from labelmill.tracking.run import Tracker, code_version, spools
+from labelmill.training.attempts import read_attempts
 from labelmill.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from labelmill.training.initial import HeadStart
 
 log = logging.getLogger("labelmill")
+_RANKS_SHOWN = 16  # a metric a rank; with more only the slowest
 
 
 class Run:
@@ -123,14 +127,35 @@ class Run:
             threads=max(1, int(cluster.cpus_per_worker)),
             read_cpus=cluster.read_cpus,
             initial=dict(initial or {}),
+            head_shards=tuple(s.shards for _, s in self.job if isinstance(s, HeadConfig) and s.shards),
+            checkpoint_to=self._copies_of(folder),
+            hang_limit_s=cluster.hang_limit_s,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        # what a killed driver hadn't sent yet; MLflow drops the points that it has
-        for record in Fitted(folder).history:
-            values = {name: value for name, value in record.items() if name not in ("step", "time")}
-            self._track(int(record["step"]), record["time"], values)
-        seconds = fit(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
+        told: set[int] = set()
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["kind"] == "metrics":
+                told.add(event["step"])
+            self._on_event(folder, event)
+
+        self._track_history(folder, told)  # what a killed driver hadn't sent yet
+        seconds = fit(task, cluster, self.job.name, on_event)
+        self._track_history(folder, told)  # what was lost with a mailbox
         return Fitted(folder, seconds)
+
+    def _copies_of(self, folder: Path) -> str | None:
+        place = self.job.cluster.checkpoint_to
+        if place is None:
+            return None
+        return join(normal(place), self.job.name, *folder.resolve().relative_to(self.folder.resolve() / "stages").parts)
+
+    def _track_history(self, folder: Path, told: set[int]) -> None:
+        """Sends the metric records that aren't among the `told` steps; MLflow drops the points that it has."""
+        for record in Fitted(folder).history:
+            if record["step"] not in told:
+                values = {name: value for name, value in record.items() if name not in ("step", "time")}
+                self._track(int(record["step"]), record["time"], values)
 
     def embed(
         self, folder: Path, data: Manifest, encoder: Any, weights: Mapping[str, Tensor], max_bad: int = 0
@@ -203,6 +228,31 @@ class Run:
                     out.writelines(json.dumps(item) + "\n" for item in event["samples"])
                 for key, reason in event["samples"]:
                     log.warning("data set %s: sample %s can't be used: %s", event["data"], key, reason)
+            case "note":
+                log.warning("%s", event["text"])
+                self.progress.line(event["text"])
+            case "hang":
+                log.error("%s", event["text"])
+                self.progress.line(event["text"])
+                for path in event["files"]:
+                    self.tracker.artifact(path, "hangs")
+            case "restart":
+                when = int(event["time"] * 1000)
+                self.tracker.metrics([("outage_seconds", event["outage_s"], event["from_step"], when)])
+            case "ranks":
+                write_json(folder / "ranks.json", event)
+                own_ms = {rank: s["own_ms"] for rank, s in event["ranks"].items() if s["own_ms"] is not None}
+                shown = own_ms if len(own_ms) <= _RANKS_SHOWN else {}
+                values = {f"ranks/own_ms_{rank}": value for rank, value in shown.items()}
+                if own_ms:
+                    slowest = max(own_ms, key=lambda rank: own_ms[rank])
+                    values |= {"ranks/slowest": float(slowest), "ranks/slowest_own_ms": own_ms[slowest]}
+                self._track(event["step"], event["time"], values)
+                for rank, state in event["ranks"].items():
+                    if state["straggler"]:
+                        log.warning(
+                            "rank %s on %s is slow: %.0f ms of own work a step", rank, state["host"], own_ms[rank]
+                        )
             case "reading":
                 with open(folder / "reading.jsonl", "a", encoding="utf-8") as out:
                     out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
@@ -228,6 +278,33 @@ class Run:
         if retried:
             rows = [[reason, str(times)] for reason, times in sorted(retried.items())]
             self.report.add_table("storage requests tried again", ["reason", "times"], rows)
+
+        self._report_survival(fits)
+
+    def _report_survival(self, fits: Sequence[Fitted]) -> None:
+        """What training lived through, if it had to, and the ranks' own shares of a step."""
+        restarts = [record for fitted in fits for record in read_attempts(fitted.folder)[1:]]
+        if restarts:
+            outages = [record["outage_s"] or 0.0 for record in restarts]
+            self.report.metrics |= {"restarts": float(len(restarts)), "outage_seconds": sum(outages)}
+            rows = [
+                [
+                    r["why"],
+                    r["workers"],
+                    r.get("from_step", "-"),
+                    "-" if r["outage_s"] is None else f"{r['outage_s']:.1f}",
+                ]
+                for r in restarts
+            ]
+            self.report.add_table(
+                "restarts", ["why", "workers", "from step", "outage s"], rows, "outage: from step to step"
+            )
+        ranks = [rank for fitted in fits for rank in fitted.ranks]
+        if len(ranks) > 1:
+            rows = [[r["rank"], r["host"], f"{1000 * r['own_s'] / max(1, r['steps']):.1f}", r["steps"]] for r in ranks]
+            self.report.add_table(
+                "ranks", ["rank", "host", "own ms a step", "steps"], rows, "reading and forward pass, without waiting"
+            )
 
     def figure(self, name: str) -> Path:
         """Where a figure of the report goes; the file is listed in the report under `name`."""
@@ -347,6 +424,12 @@ def execute(
                 f"{job.name}: finished before, nothing has changed (start over with --fresh)", highlight=False
             )
             report.render(console)
+            if spools(folder):  # the run ended while the tracking server was away
+                with Tracker.open(
+                    job.tracking, job.output, run_name=job.name, run_id=state["mlflow_run"] or None, run_dir=folder
+                ) as tracker:
+                    tracker.on_open = lambda run_id: write_json(state_path, state | {"mlflow_run": run_id})
+                    tracker.flush()
             return report
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -369,10 +452,16 @@ def _execute(
     job: Job, function: Callable[[Any, Run], None], folder: Path, state: dict[str, Any], console: Console
 ) -> Report:
     with Tracker.open(
-        job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run"), run_dir=folder
+        job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run") or None, run_dir=folder
     ) as tracker:
-        state = {"mlflow_run": tracker.run_id, "job": job_digest(job)}
-        write_json(folder / "run.json", state | {"status": "running"})
+        state = {"mlflow_run": tracker.run_id, "job": job_digest(job), "status": "running"}
+
+        def note(**values: str) -> None:
+            state.update(values)
+            write_json(folder / "run.json", state)
+
+        tracker.on_open = lambda run_id: note(mlflow_run=run_id)
+        note()
         with ProgressView(console) as progress:
             run = Run(job, folder, tracker, progress)
             try:
@@ -382,7 +471,7 @@ def _execute(
                 _finish_report(run)
             finally:
                 run.close()
-        write_json(folder / "run.json", state | {"status": "finished"})
+        note(status="finished")
     run.report.render(console)
     return run.report
 

@@ -81,6 +81,13 @@ class Fitted:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     @property
+    def ranks(self) -> list[dict[str, Any]]:
+        """The training workers as they were seen last: rank, host, steps, seconds of own work."""
+        path = self.folder / "ranks.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["ranks"] if path.is_file() else {}
+        return [{"rank": int(rank)} | state for rank, state in found.items()]
+
+    @property
     def bad_samples(self) -> dict[str, str]:
         """Key -> reason of samples that became holes."""
         path = self.folder / "bad_samples.jsonl"

@@ -523,3 +523,37 @@ def test_a_server_that_dies_or_hangs_loses_nothing(server: Server, package: Path
     assert run.data.params == {"lr": "0.1", "late": "1"}
     assert run.data.tags["param.lr"] == "0.2"
     assert read_report(config, tmp_path, tracker.run_id).metrics == {"test/top1": 0.5}
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_later(server: Server, tmp_path: Path) -> None:
+    server.kill()
+    config = TrackingConfig(uri=server.uri, experiment="late", required=False, **QUICK)
+    with pytest.raises(TrackingError, match=r"doesn't answer.* set tracking.required to false"):
+        Tracker.open(config.model_copy(update={"required": True}), tmp_path, "run").__enter__()
+    began = time.monotonic()
+    with Tracker.open(config, tmp_path, "run", run_dir=tmp_path / "run") as tracker:
+        tracker.params({"lr": 0.1})
+        for step in range(3):
+            tracker.metrics([("loss", float(step), step, None)])
+            tracker.flush()
+        assert tracker.run_id == ""
+    assert time.monotonic() - began < 5 * config.timeout_s
+    spool = tmp_path / "run" / "tracking-spool-pending.jsonl"
+    assert len(spool.read_text().splitlines()) == 5
+
+    # the same run goes on while the server is away, and it comes back in the middle
+    opened: list[str] = []
+    with Tracker.open(config, tmp_path, "run", run_dir=tmp_path / "run") as tracker:
+        tracker.on_open = opened.append
+        tracker.metrics([("loss", 3.0, 3, None)])
+        tracker.flush()
+        server.start()
+        wait_until_sent(tracker, 4)
+    assert opened == [tracker.run_id]
+    assert not list((tmp_path / "run").glob("tracking-spool-*"))
+    steps = history(config, tmp_path, tracker.run_id, "loss")
+    assert steps == [(s, float(s)) for s in range(len(steps))]
+    assert len(steps) >= 5
+    with client_env(Store.of(config, tmp_path)) as client:
+        run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})

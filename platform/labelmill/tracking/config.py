@@ -128,7 +128,8 @@ def check_server(store: Store) -> None:
     if failure:
         raise TrackingError(
             f"tracking server {uri} doesn't answer within {timeout_s:g} s ({failure[0]}). Start it, correct "
-            "tracking.uri, or unset MLFLOW_TRACKING_URI to use a local store in the output folder."
+            "tracking.uri, unset MLFLOW_TRACKING_URI to use a local store in the output folder, or set "
+            "tracking.required to false to send everything later."
         )
 
 

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +59,7 @@ _REFUSALS = {
     "MALFORMED_REQUEST",
 }
 _MAX_HOLD_S = 60.0
+_PENDING = "pending"
 
 
 class Tracker:
@@ -66,7 +67,8 @@ class Tracker:
 
     Attributes:
         store: where the run is kept.
-        run_id: MLflow's id of the run.
+        run_id: MLflow's id of the run; empty until a server that was away at the start has answered.
+        on_open: called with the id of a run that could be opened only later.
         run_dir: local folder of the spool, the report and `job.yaml`.
         refused: calls the store won't ever take; they are in `tracking-refused.jsonl`.
     """
@@ -78,7 +80,11 @@ class Tracker:
         self.refused = 0
         self._client = client
         self._lock = threading.RLock()
-        self._spool = Spool(run_dir / f"tracking-spool-{run_id}.jsonl")
+        self.on_open: Callable[[str], None] = lambda run_id: None
+        self._opening: Callable[[], str] | None = None
+        self._spool = Spool(_spool_path(run_dir, run_id or _PENDING))
+        if run_id and _spool_path(run_dir, _PENDING).is_file():
+            self._spool.take_over(_spool_path(run_dir, _PENDING))
         self._buffer: list[list[Any]] = []
         self._flushed_at = time.monotonic()
         self._failures = 0
@@ -103,14 +109,24 @@ class Tracker:
         `output_dir` holds the local store, `run_dir` (default `output_dir/run_name`) the run's own files.
 
         Raises TrackingError, within `config.timeout_s` of a server that doesn't answer, when the run can't be
-        opened.
+        opened. With `config.required` false everything then goes to the spool, and the run is opened later.
         """
         store = Store.of(config, output_dir)
         run_dir = Path(run_dir) if run_dir is not None else Path(output_dir) / run_name
-        with client_env(store, create=True) as client, settings(store, config.timeout_s, retries=1):
-            opened = _open_run(client, store, run_name, run_id, {**_code_tags(), **(tags or {})}, parent_run_id)
-            began_s = client.get_run(opened).info.start_time / 1000
+        all_tags = {**_code_tags(), **(tags or {})}
+        opened, began_s = "", time.time()
+        try:
+            with client_env(store, create=True) as client, settings(store, config.timeout_s, retries=1):
+                opened = _open_run(client, store, run_name, run_id, all_tags, parent_run_id)
+                began_s = client.get_run(opened).info.start_time / 1000
+        except TrackingError as error:
+            if config.required or not store.is_server:
+                raise
+            _log.warning("%s Going on without; all calls are kept in %s.", error, run_dir)
+            client = import_mlflow().MlflowClient(store.uri, store.registry_uri)
         tracker = cls(store, client, opened, run_dir)
+        if not opened:
+            tracker._opening = lambda: _open_run(client, store, run_name, run_id, all_tags, parent_run_id)
         if config.system_metrics:
             tracker._system = SystemMetrics(tracker, began_s)
         try:
@@ -228,6 +244,8 @@ class Tracker:
     def _try(self, record: Record) -> bool:
         """Sends one record. False: try again later. Refused records count as sent."""
         try:
+            if self._opening is not None:
+                self._open_late(self._opening)
             getattr(self, f"_send_{record['op']}")(record)
         except Exception as error:  # whatever goes wrong in tracking must not stop the training
             if isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSALS:
@@ -243,6 +261,14 @@ class Tracker:
             _log.warning("tracking works again")
         self._failures = 0
         return True
+
+    def _open_late(self, opening: Callable[[], str]) -> None:
+        self.store.check(create=True)
+        with self._quick():
+            self.run_id = opening()
+        self._opening = None
+        self._spool.move(_spool_path(self.run_dir, self.run_id))
+        self.on_open(self.run_id)
 
     def _refuse(self, record: Record, error: Exception) -> None:
         self.refused += 1
@@ -316,6 +342,15 @@ class Tracker:
     def _send_finish(self, record: Record) -> None:
         with self._quick():
             self._client.set_terminated(self.run_id, record["status"])
+
+
+def spools(run_dir: Path) -> list[Path]:
+    """Files of calls that wait to be sent."""
+    return sorted(run_dir.glob("tracking-spool-*.jsonl"))
+
+
+def _spool_path(run_dir: Path, run_id: str) -> Path:
+    return run_dir / f"tracking-spool-{run_id}.jsonl"
 
 
 def read_report(

@@ -37,6 +37,19 @@ class Spool:
             os.fsync(out.fileno())
         self._records.append(record)
 
+    def move(self, path: Path) -> None:
+        """Goes on under another name."""
+        if self.path.exists():
+            self.path.replace(path)
+        self.path = path
+
+    def take_over(self, path: Path) -> None:
+        """Puts the records of another file behind its own; that file is gone afterwards."""
+        records, _ = _read(path)
+        self._records += records
+        self._rewrite()
+        path.unlink(missing_ok=True)
+
     def replay(self, send: Callable[[Record], bool]) -> bool:
         """Gives the records to `send` in order until one returns False; keeps the rest. True: none left."""
         done = 0

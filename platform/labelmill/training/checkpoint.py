@@ -5,7 +5,7 @@
         optimizer.safetensors    moments of the dense parameters by name
         head-<name>/head.json    a head's index; beside it rows and their optimizer state by class range
         rng-<rank>.safetensors   random state of each rank
-        checkpoint.json          step, cursor, stream digest, world size, size of every file; written last
+        checkpoint.json          step, cursor, stream digest, world size, size and sha256 of every file; written last
 
 The folder is filled under a temporary name and renamed when `checkpoint.json` is in it. All ranks see one file
 system. In the background (`Checkpointer(background=True)`) each rank writes from a thread while training goes on.
@@ -15,49 +15,71 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from labelmill.errors import DataError
 from labelmill.heads.saving import HeadSave
 from labelmill.heads.snapshot import Background
 from labelmill.heads.storage import write_index
+from labelmill.training.checkpoint_copies import Copies
+from labelmill.training.checkpoint_files import (
+    INDEX,
+    Position,
+    check_file,
+    complete,
+    fenced_off,
+    folder_name,
+    latest_checkpoint,
+    read_dense,
+    read_file,
+    read_index,
+    sha256_of,
+    sync,
+    write_json,
+)
 from labelmill.training.engine import Engine
+from labelmill.training.events import Sink
 from labelmill.training.objective import Objective
 
-_INDEX = "checkpoint.json"
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "Position",
+    "gather",
+    "latest_checkpoint",
+    "read_dense",
+    "read_index",
+    "restore",
+    "save_checkpoint",
+]
+
 _POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands.
-
-    Attributes:
-        step: optimizer steps done.
-        cursor: committed samples, the position of the stream.
-        stream: digest of the order that the cursor belongs to.
-        skipped: steps that were left out because a value was not finite.
-    """
-
-    step: int
-    cursor: int
-    stream: str
-    skipped: int = 0
+_AGAIN_S = 2.0  # before the last checkpoint is tried again
+_GRACE_S = 5.0  # for the other ranks' parts, when training ends early
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the one before it is whole."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What making a folder a checkpoint needs: who may, how many stay, where a copy goes."""
+
+    keep: int
+    attempt: int | None = None
+    copier: Copier | None = None
 
 
 class Checkpointer:
@@ -68,10 +90,24 @@ class Checkpointer:
             then appears by itself once every rank has written its part. Costs copies of the dense weights and
             moments on rank 0, and `memory_bytes` for each head on each rank (`heads.snapshot`).
         memory_bytes: of class rows kept for the writer; when they are used up, training waits for the disk.
+        attempt: of `checkpoint_files.raise_fence` for `root`'s parent: when another attempt has begun, nothing is
+            committed any more. None: nobody else writes here.
+        copies: where every checkpoint is copied to, by a thread of rank 0; None: nowhere.
+        note: takes what went wrong with a copy. Training goes on without copies.
     """
 
-    def __init__(self, root: Path, keep: int, background: bool = False, memory_bytes: int = 2**28) -> None:
-        self.root, self.keep, self.background, self.memory_bytes = root, keep, background, memory_bytes
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        background: bool = False,
+        memory_bytes: int = 2**28,
+        attempt: int | None = None,
+        copies: Copies | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.root, self.background, self.memory_bytes = root, background, memory_bytes
+        self._commit = Commit(keep, attempt, Copier(copies, note) if copies else None)
         self._writer, self._committer = Background("checkpoint"), Background("checkpoint-commit")
         self._stop = threading.Event()
 
@@ -82,16 +118,19 @@ class Checkpointer:
         """
         self.finish()
         rank, world = dist.get_rank(), dist.get_world_size()
-        target = self.root / f"step-{position.step:08d}"
-        part = self.root / f".{target.name}.part"
+        target = self.root / folder_name(position.step)
+        part = self.root / f".{target.name}.{self._commit.attempt or 0}.part"
+        error = ""
         if rank == 0:
-            for left in self.root.glob(".step-*.part"):
-                shutil.rmtree(left, ignore_errors=True)
-            for name in engine.objective.heads:
-                (part / f"head-{name}").mkdir(parents=True)
-            part.mkdir(parents=True, exist_ok=True)
+            self.tidy()
+            try:
+                for name in engine.objective.heads:
+                    (part / f"head-{name}").mkdir(parents=True)
+                part.mkdir(parents=True, exist_ok=True)
+            except OSError as failed:
+                error = f"{type(failed).__name__}: {failed}"
+        self._raise(gather(error))
         dense, moments = engine.dense_state(), engine.optimizer_state()
-        dist.barrier()
         files: dict[str, dict[str, Tensor]] = {f"rng-{rank}.safetensors": {"torch": torch.get_rng_state()}}
         if rank == 0:
             files |= {"dense.safetensors": _owned(dense), "optimizer.safetensors": _owned(moments)}
@@ -109,7 +148,7 @@ class Checkpointer:
         self._stop.clear()
         self._writer.start(lambda: _write_part(part, rank, files, heads))
         if rank == 0:
-            self._committer.start(lambda: _commit(part, target, world, content, self.keep, self._stop))
+            self._committer.start(lambda: _make_whole(part, target, world, content, self._commit, self._stop))
         if not self.background:
             self.finish()
         return target
@@ -122,15 +161,33 @@ class Checkpointer:
         if errors:
             self._stop.set()
         committed = self._error(self._committer)
-        errors = gather(committed if committed and not errors else "") or errors
+        self._raise(gather(committed if committed and not errors else "") or errors)
+
+    def _raise(self, errors: list[str]) -> None:
+        """CheckpointError on all ranks if there are errors; what was written so far gives its room back."""
         if errors:
+            if dist.get_rank() == 0:
+                self.tidy()
             raise CheckpointError(f"{self.root}: a checkpoint could not be written: {'; '.join(errors)}")
 
+    def tidy(self) -> None:
+        """Removes what was begun and never became a checkpoint. Not while one is being written."""
+        for pattern in (".step-*.part", ".step-*.fetched"):
+            for left in self.root.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+
     def close(self, timeout_s: float = 120.0) -> None:
-        """Lets the checkpoint being written end, when training ends early; not collective, raises nothing."""
-        for work in (self._writer, self._committer):
-            with contextlib.suppress(Exception):  # the error that ended training is the one to show
-                work.finish(timeout_s)
+        """Lets the checkpoint being written and its copy end, in about so long; not collective, raises nothing."""
+        with contextlib.suppress(Exception):  # the error that ended training is the one to show
+            self._writer.finish(timeout_s)
+        with contextlib.suppress(Exception):
+            self._committer.finish(min(_GRACE_S, timeout_s))
+        self._stop.set()  # the part of a rank that is gone won't come
+        with contextlib.suppress(Exception):
+            self._committer.finish(timeout_s)
+        if self._commit.copier:
+            self._commit.copier.close(timeout_s)
+            _drop_old(self.root, self._commit)
 
     @staticmethod
     def _error(work: Background) -> str:
@@ -139,6 +196,50 @@ class Checkpointer:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
+
+
+class Saving:
+    """Saves in a loop that outlives failures: up to `limit` checkpoints in a row may fail, with a note each."""
+
+    def __init__(self, saver: Checkpointer, engine: Engine, limit: int, sink: Sink | None) -> None:
+        self._saver, self._engine, self._limit, self._sink = saver, engine, limit, sink
+        self._failed = 0
+        self._begun = False
+        self._last: Position | None = None
+
+    def __call__(self, position: Position) -> None:
+        """Begins a checkpoint. Collective. Raises CheckpointError after too many failures."""
+        self._last = position
+        self._settle()
+        self._begun = self._try(lambda: self._saver.save(self._engine, position))
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint and writes it again if it failed. Collective. Raises CheckpointError."""
+        while self._last is not None and not self._settle():
+            time.sleep(_AGAIN_S)
+            self(self._last)
+
+    def _settle(self) -> bool:
+        """Whether the checkpoint begun last is written."""
+        begun, self._begun = self._begun, False
+        if not begun or not self._try(self._saver.finish):
+            return False
+        self._failed = 0
+        return True
+
+    def _try(self, work: Callable[[], object]) -> bool:
+        try:
+            work()
+        except CheckpointError as error:
+            self._failed += 1
+            if self._failed > self._limit:
+                raise
+            if self._sink:
+                self._sink.post(
+                    kind="note", text=f"{error}. Training goes on ({self._failed} of {self._limit} failures)."
+                )
+            return False
+        return True
 
 
 def save_checkpoint(root: Path, engine: Engine, position: Position, keep: int) -> Path:
@@ -157,20 +258,24 @@ def _write_part(
     try:
         # heads first: training may be waiting for their rows to be written
         saved = {name: head.write() for name, head in heads.items()}
+        sums = {}
         for name, tensors in files.items():
             save_file(dict(tensors), part / name)
-            _sync(part / name)
-        done = {"heads": saved}
+            sync(part / name)
+            sums[name] = sha256_of(part / name)
+        done = {"heads": saved, "sha256": sums}
     except BaseException as error:
         done = {"error": f"{type(error).__name__}: {error}"}
         raise
     finally:
         for head in heads.values():
             head.close()
-        _write_json(part / f"part-{rank}.json", done)
+        write_json(part / f"part-{rank}.json", done)
 
 
-def _commit(part: Path, target: Path, world: int, content: Mapping[str, Any], keep: int, stop: threading.Event) -> None:
+def _make_whole(
+    part: Path, target: Path, world: int, content: Mapping[str, Any], how: Commit, stop: threading.Event
+) -> None:
     """Waits for every rank's part, then makes the folder a checkpoint."""
     parts: list[dict[str, Any]] = []
     for rank in range(world):
@@ -186,32 +291,78 @@ def _commit(part: Path, target: Path, world: int, content: Mapping[str, Any], ke
         write_index(part / f"head-{name}", num_classes, [done["heads"][name] for done in parts])
     for rank in range(world):
         (part / f"part-{rank}.json").unlink()
+    sums = {name: value for done in parts for name, value in done["sha256"].items()}
     listed = [*part.rglob("*.safetensors"), *part.rglob("head.json")]
-    files = {str(f.relative_to(part)): f.stat().st_size for f in sorted(listed)}
-    _write_json(part / _INDEX, dict(content) | {"files": files})
+    files = {}
+    for file in sorted(listed):
+        name = str(file.relative_to(part))
+        if file.name == "head.json":
+            sums[name] = sha256_of(file)
+        files[name] = {"bytes": file.stat().st_size, "sha256": sums.get(name)}
+    write_json(part / INDEX, dict(content) | {"files": files})
+    if fenced_off(target.parent.parent, how.attempt):
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"{target}: another attempt of this run has begun; this one no longer writes")
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    _sync(target.parent)
-    for old in _complete(target.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    sync(target.parent)
+    _drop_old(target.parent, how)
+    if how.copier:
+        how.copier.wants(target)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        json.dump(content, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(path)
+def _drop_old(root: Path, how: Commit) -> None:
+    """Leaves the newest, and the one that is being copied."""
+    busy = how.copier.busy_with if how.copier else None
+    for old in complete(root)[: -how.keep]:
+        if old != busy:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Flushes a file, or a folder's names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Copier:
+    """Copies checkpoints from a thread, always the newest next: training never waits for the place."""
+
+    def __init__(self, copies: Copies, note: Callable[[str], None]) -> None:
+        self._copies, self._note = copies, note
+        self._turn = threading.Condition()
+        self._next: Path | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self.busy_with: Path | None = None
+
+    def wants(self, folder: Path) -> None:
+        """This checkpoint is to be copied; one that waited before it is passed over."""
+        with self._turn:
+            self._next = folder
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="checkpoint-copy", daemon=True)
+                self._thread.start()
+            self._turn.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._next is not None or self._closing)
+                if self._next is None:
+                    return
+                folder, self._next = self._next, None
+                self.busy_with = folder
+            try:
+                self._copies.put(folder)
+            except (DataError, OSError) as error:
+                self._note(f"checkpoint {folder.name} could not be copied to {self._copies.place}: {error}")
+            with self._turn:
+                self.busy_with = None
+
+    def close(self, timeout_s: float) -> None:
+        """Waits until the newest checkpoint is copied, at most so long."""
+        with self._turn:
+            self._closing = True
+            self._turn.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._note(f"the last checkpoint was not copied to {self._copies.place} within {timeout_s:.0f} s")
 
 
 def gather(value: Any) -> list[Any]:
@@ -226,42 +377,16 @@ def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _complete(root: Path) -> list[Path]:
-    """Checkpoints whose every file is there with its recorded size, oldest first."""
-    found = []
-    for folder in sorted(root.glob("step-*")):
-        index = folder / _INDEX
-        if not index.is_file():
-            continue
-        files = json.loads(index.read_text(encoding="utf-8"))["files"]
-        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items()):
-            found.append(folder)
-    return found
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`."""
-    found = _complete(root)
-    return found[-1] if found else None
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The checkpoint's JSON."""
-    return json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-
-
-def read_dense(folder: Path) -> dict[str, Tensor]:
-    """Parameters and buffers, to load into an objective before the engine is built."""
-    return load_file(folder / "dense.safetensors")
-
-
 def restore(folder: Path, engine: Engine, objective: Objective) -> Position:
-    """Loads optimizer, heads and random state; the dense weights are already in. Every rank calls it."""
+    """Loads optimizer, heads and random state, verified; the dense weights are already in. Every rank calls it.
+
+    Raises DataError for damaged files and for those of another head.
+    """
     index = read_index(folder)
-    engine.load_optimizer(load_file(folder / "optimizer.safetensors"), index["optimizer_steps"])
+    engine.load_optimizer(read_file(folder, "optimizer.safetensors", index), index["optimizer_steps"])
     for name, head in objective.heads.items():
+        check_file(folder, f"head-{name}/head.json", index)
         head.load(folder / f"head-{name}")
-    rng = folder / f"rng-{dist.get_rank()}.safetensors"
-    if index["world"] == dist.get_world_size() and rng.is_file():
-        torch.set_rng_state(load_file(rng)["torch"])
+    if index["world"] == dist.get_world_size():
+        torch.set_rng_state(read_file(folder, f"rng-{dist.get_rank()}.safetensors", index)["torch"])
     return Position(index["step"], index["cursor"], index["stream"], index.get("skipped", 0))

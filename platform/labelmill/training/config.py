@@ -35,6 +35,10 @@ class TrainConfig(StrictModel):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0: only at the end")
+    checkpoint_every_s: float | None = Field(None, gt=0, description="seconds between checkpoints, besides the steps")
+    max_failed_checkpoints: int = Field(
+        3, ge=0, description="checkpoints in a row that may fail (a full disk) before training stops"
+    )
     keep_checkpoints: int = Field(2, ge=1)
     checkpoint_async: bool = Field(True, description="checkpoints are written while training goes on")
     checkpoint_memory_mb: float = Field(

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labelmill.data.stream import Batch
+from labelmill.heads.ranks import waiting
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import quiet_deepspeed
 from labelmill.training.objective import Losses, Objective
+from labelmill.training.pulse import SAVE, STOP
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -102,12 +104,16 @@ class Engine:
         total, parts = self._engine(batch)
         return Losses(total, parts)
 
-    def all_finite(self, loss: Tensor) -> bool:
-        """Whether the loss is finite on every rank. Collective."""
-        good = torch.isfinite(loss.detach()).to(device=self.device, dtype=torch.float32).reshape(1)
-        if self.world > 1:
-            dist.all_reduce(good, op=dist.ReduceOp.MIN)
-        return bool(good)
+    def agree(self, loss: Tensor, wish: int = 0) -> tuple[bool, int]:
+        """Whether the loss is finite on every rank, and what any rank wishes (bits, `training.pulse`). Collective."""
+        finite = bool(torch.isfinite(loss.detach()))
+        if self.world == 1:
+            return finite, wish
+        seen = torch.tensor([not finite, *(bool(wish & bit) for bit in (SAVE, STOP))], device=self.device).float()
+        with waiting():
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        bad, save, stop = seen.bool().tolist()
+        return not bad, SAVE * save | STOP * stop
 
     def skip(self) -> None:
         """Leaves the optimizer step out: drops what its micro batches gathered. Weights, rows and counters stay."""

@@ -6,19 +6,21 @@ tracking can't stall a step.
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 Event = dict[str, Any]
+State = dict[str, Any]
 
 
 class Sink(Protocol):
     """Takes events; never blocks."""
 
     def post(self, **event: Any) -> None:
-        """Adds an event; `kind` says what it is: progress, metrics, bad, reading."""
+        """Adds an event; `kind` says what it is: progress, metrics, bad, reading, note, restart, hang."""
 
 
 class ListSink:
@@ -32,19 +34,30 @@ class ListSink:
 
 
 class Mailbox:
-    """Actor that holds events until the driver drains them."""
+    """Actor between the workers of an attempt and the driver: events and states one way, a wish the other."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._states: dict[int, State] = {}
+        self._wish = 0
 
     def put(self, event: Event) -> None:
         """Adds one event."""
         self._events.append(event)
 
-    def drain(self) -> list[Event]:
-        """Takes all events."""
+    def beat(self, rank: int, state: State) -> int:
+        """Takes what a rank is doing; returns what the driver wishes (`pulse.SAVE`, `pulse.STOP`)."""
+        self._states[rank] = state
+        return self._wish
+
+    def wish(self, wanted: int) -> None:
+        """What all ranks are to do at their next step."""
+        self._wish |= wanted
+
+    def drain(self) -> tuple[list[Event], dict[int, State]]:
+        """Takes all events; the ranks' states as they told them last."""
         events, self._events = self._events, []
-        return events
+        return events, self._states
 
 
 class RaySink:
@@ -61,16 +74,34 @@ class HistorySink:
     """Appends metric records to a file before it hands them on.
 
     A checkpoint then never holds a step that the history lacks, even when the driver dies with undelivered events.
+    On a full disk records wait in memory; checkpoints fail there as well.
     """
 
     def __init__(self, path: Path, sink: Sink) -> None:
         self._path, self._sink = path, sink
+        self._waiting: list[str] = []
 
     def post(self, **event: Any) -> None:
         event = {"time": time.time(), **event}
         if event["kind"] == "metrics":
             record = {"step": event["step"], "time": event["time"], **event["values"]}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as out:
-                out.write(json.dumps(record) + "\n")
+            self._waiting.append(json.dumps(record) + "\n")
+            self._write()
         self._sink.post(**event)
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        data = memoryview("".join(self._waiting).encode())
+        try:
+            with open(self._path, "ab", buffering=0) as out:  # a buffer would be written again by its closing
+                size = out.tell()
+                try:
+                    while len(data):
+                        data = data[out.write(data) :]
+                except OSError:
+                    out.truncate(size)  # no half a line
+                    raise
+            self._waiting = []
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise

@@ -12,15 +12,20 @@ import torch.distributed as dist
 from labelmill.data.stream import Batch
 from labelmill.errors import DataError
 from labelmill.heads.batch import NotFiniteError
+from labelmill.heads.ranks import waited_s
 from labelmill.losses.classification import SampleError
 from labelmill.training.checkpoint import Position
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine
 from labelmill.training.events import Sink
 from labelmill.training.objective import Losses
+from labelmill.training.pulse import STOP, Pulse
 
 PARTS = ("wait for data", "forward", "backward", "update")
 """What a step's seconds are spent on; the sharded head's logits and gradients are part of `forward`."""
+
+
+_NEXT = dict(zip(PARTS, [*PARTS[1:], PARTS[0]], strict=True))
 
 
 def train(
@@ -31,8 +36,9 @@ def train(
     total_steps: int,
     sink: Sink | None,
     checkpoint: Callable[[Position], object],
+    pulse: Pulse | None = None,
 ) -> Position:
-    """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
+    """Runs optimizer steps `start.step .. total_steps`; returns where it ended, which is earlier when the driver wishes it.
 
     Args:
         engine: dense modules and heads.
@@ -42,11 +48,13 @@ def train(
         total_steps: of the whole run; the schedule is laid over them.
         sink: takes metrics; given to rank 0 only.
         checkpoint: saves at a position; collective.
+        pulse: is told what this rank does, and knows what the driver wishes.
 
     Raises, on all ranks alike:
         NotFiniteError: a loss or an embedding was NaN or infinite in more steps than the job allows.
         DataError: a sample that a head's loss can't take; names its key.
     """
+    pulse = pulse or Pulse(dist.get_rank())
     engine.objective.train()
     position = start
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -57,19 +65,24 @@ def train(
         now = time.perf_counter()
         seconds[part] += now - clock
         clock = now
+        pulse.enter(_NEXT[part])
 
     skipped = start.skipped
     for step in range(start.step, total_steps):
         rate = config.rate(step, total_steps)
         loss, parts, norm = 0.0, dict[str, float](), math.nan
         engine.begin(rate)
-        problem = ""
+        problem, wish, waited = "", 0, 0.0
+        before = seconds["wait for data"] + seconds["forward"]
+        pulse.enter(PARTS[0])
         for _ in range(config.accumulation):
             batch = engine.to_device(next(batches))
             spent("wait for data")
             if problem:  # the rest of a step that is left out
                 continue
-            losses, problem = _forward(engine, batch)
+            began_s = waited_s()
+            losses, problem, wished = _forward(engine, batch, pulse.wish)
+            wish, waited = wish | wished, waited + waited_s() - began_s
             spent("forward")
             if losses is None:
                 continue
@@ -94,6 +107,7 @@ def train(
         cursor = start.cursor + (step + 1 - start.step) * config.global_batch
         position = Position(step + 1, cursor, start.stream, skipped)
         window_steps += 1
+        pulse.stepped(step + 1, seconds["wait for data"] + seconds["forward"] - before - waited)
 
         last = step + 1 == total_steps
         due = (step + 1) % config.log_every == 0 or last
@@ -117,23 +131,28 @@ def train(
             )
             seconds = dict.fromkeys(PARTS, 0.0)
             window_start, window_steps = time.perf_counter(), 0
-        if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+        if last or wish or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+            pulse.enter("checkpoint")
             checkpoint(position)
+            pulse.saved()
             clock = time.perf_counter()
+        if wish & STOP:
+            break
     return position
 
 
-def _forward(engine: Engine, batch: Batch) -> tuple[Losses | None, str]:
-    """The losses of a micro batch; without them, on every rank alike, what isn't finite."""
+def _forward(engine: Engine, batch: Batch, wish: int) -> tuple[Losses | None, str, int]:
+    """The losses of a micro batch; without them, on every rank alike, what isn't finite. And what any rank wishes."""
     try:
         losses = engine.forward(batch)
     except NotFiniteError as error:
-        return None, str(error)
+        return None, str(error), 0
     except SampleError as error:
         raise _with_key(error, batch) from None
-    if engine.all_finite(losses.total):
-        return losses, ""
-    return None, f"the loss is {float(losses.total.detach())}"
+    finite, wish = engine.agree(losses.total, wish)
+    if finite:
+        return losses, "", wish
+    return None, f"the loss is {float(losses.total.detach())}", wish
 
 
 def _with_key(error: SampleError, batch: Batch) -> DataError:
@@ -155,11 +174,15 @@ def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str
 
 
 @torch.no_grad()
-def predict(engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: int, name: str) -> dict[str, list]:
+def predict(
+    engine: Engine, batches: Iterator[Batch], sink: Sink | None, total: int, name: str, pulse: Pulse | None = None
+) -> dict[str, list]:
     """Runs the objective's `predict` over a stream; columns of this rank's samples, holes and padding left out."""
     engine.objective.eval()
     columns: dict[str, list] = {"key": [], "position": []}
     for done, batch in enumerate(batches, start=1):
+        if pulse:
+            pulse.enter(f"predict {name}")
         batch = engine.to_device(batch)
         outputs = engine.objective.predict(batch)
         kept = batch.weight_B.cpu() > 0

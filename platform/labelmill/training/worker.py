@@ -23,23 +23,17 @@ from safetensors.torch import save_file
 from labelmill.data.source import BatchSource, LocalSource, Streams
 from labelmill.data.spec import AnySpec
 from labelmill.data.stream import RankStream
-from labelmill.errors import DataError
-from labelmill.training.checkpoint import (
-    Checkpointer,
-    Position,
-    gather,
-    latest_checkpoint,
-    read_dense,
-    read_index,
-    restore,
-)
+from labelmill.training.checkpoint import Checkpointer, Position, Saving, gather
+from labelmill.training.checkpoint_copies import Copies
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
-from labelmill.training.engine import Engine, load_dense
+from labelmill.training.engine import Engine
 from labelmill.training.events import HistorySink, Sink
-from labelmill.training.initial import HeadStart, load_heads, load_weights
+from labelmill.training.initial import HeadStart
 from labelmill.training.loop import predict, train
-from labelmill.training.objective import Objective, Progress
+from labelmill.training.objective import Objective
+from labelmill.training.pulse import Pulse
+from labelmill.training.resume import begin
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,10 @@ class FitTask:
         seed: of weights, order and sampled classes.
         augment: pass per-sample randomness to the objective's `prepare` while training.
         use_gpu, threads, read_cpus: from the job's cluster section.
+        head_shards: class shards that heads of the objective ask for; other numbers of workers must fit them.
+        checkpoint_to: where checkpoints are copied to, this run's own folder or `s3://` address.
+        hang_limit_s: seconds without progress in training after which a rank writes its stacks to `work/hangs`.
+        attempt: which start of this training it is, counted by the driver; None when nobody else writes to `work`.
         transport: `ray` streams through Ray Data; `local` reads in the worker process.
         rows_dtype: of exported head rows.
         initial: what heads go on from in a fresh run, by name.
@@ -70,6 +68,10 @@ class FitTask:
     use_gpu: bool = False
     threads: int = 1
     read_cpus: float = 0.25
+    head_shards: tuple[int, ...] = ()
+    checkpoint_to: str | None = None
+    hang_limit_s: float | None = None
+    attempt: int | None = None
     transport: Literal["ray", "local"] = "ray"
     rows_dtype: torch.dtype = torch.float32
     initial: Mapping[str, HeadStart] = field(default_factory=dict)
@@ -80,13 +82,21 @@ class FitTask:
         return self.config.total_steps(self.train.epoch_samples) if self.train else 0
 
 
-def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, Any]:
+def run_worker(task: FitTask, rank: int, world: int, sink: Sink, mailbox: Any = None) -> dict[str, Any]:
     """Trains (or resumes), exports, predicts. Needs a process group. Returns the seconds of each part.
 
+    When the driver wishes it (by `mailbox`), training ends early at a checkpoint; the key `stopped` is then there.
+
     Raises DataError for damaged data or a checkpoint of another stream; NotFiniteError when more steps than the job
-    allows met values that are not finite.
+    allows met values that are not finite; CheckpointError when too many checkpoints in a row couldn't be written.
     """
-    clock, timing = time.perf_counter(), dict[str, float]()
+    stacks = task.work / "hangs" / f"attempt-{task.attempt or 0:03d}-rank-{rank:03d}.txt"
+    with Pulse(rank, mailbox, task.config.checkpoint_every_s, task.hang_limit_s, stacks) as pulse:
+        return _work(task, rank, world, sink, pulse)
+
+
+def _work(task: FitTask, rank: int, world: int, sink: Sink, pulse: Pulse) -> dict[str, Any]:
+    clock, timing = time.perf_counter(), dict[str, Any]()
 
     def lap(part: str) -> None:
         nonlocal clock
@@ -95,60 +105,25 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
 
     torch.set_num_threads(task.threads)
     device = worker_device(task.use_gpu)
-    torch.manual_seed(task.seed)
-    objective = task.objective().to(device)
-    for head in objective.heads.values():
-        head.to(device)
-    checkpoints = task.work / "checkpoints"
-    found = latest_checkpoint(checkpoints)
-    if found:
-        load_dense(objective, read_dense(found))
-    else:
-        load_weights(objective, task.initial)
-    engine = Engine(objective, task.config, device)
-    lap("build model")
+    copies = Copies(task.checkpoint_to, task.config.keep_checkpoints) if task.checkpoint_to else None
 
     def progress(done: int, total: int) -> None:
         if rank == 0:
             sink.post(kind="progress", done=done, total=total, rate=math.nan, text="class rows")
 
-    streams = open_streams(task, rank, world)
-    position = _begin(task, engine, objective, found, progress)
-    lap("initialise head" if not found else "restore checkpoint")
+    def note(text: str) -> None:
+        sink.post(kind="note", text=text)
 
+    pulse.enter("restore", watched=False)
+    engine, position = begin(task, device, copies, progress, note, lap)
+    objective = engine.objective
+    streams = open_streams(task, rank, world)
     if task.train and position.step < task.total_steps:
-        micro = task.config.global_batch // task.config.accumulation
-        spec = replace(
-            task.train,
-            global_batch=micro,
-            start=position.cursor,
-            stop=task.total_steps * task.config.global_batch,
-        )
-        stream = open_stream(spec, streams, objective, rank, world, sink, task.augment, task.threads)
-        batches = iter(stream)
-        config = task.config
-        saver = Checkpointer(
-            checkpoints,
-            config.keep_checkpoints,
-            config.checkpoint_async,
-            int(config.checkpoint_memory_mb * 2**20),
-        )
-        try:
-            position = train(
-                engine,
-                batches,
-                config,
-                position,
-                task.total_steps,
-                HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
-                lambda at: saver.save(engine, at),
-            )
-            saver.finish()
-        finally:
-            saver.close()
-        batches.close()
-        _post_reading(stream, rank, sink)
-    lap("train")
+        position = _train(task, engine, position, streams, rank, world, sink, pulse, copies)
+        lap("train")
+        if position.step < task.total_steps:
+            return timing | {"stopped": position.step}
+    pulse.enter("export", watched=False)
     if not (task.work / "export").is_dir():
         objective.finish(progress)
         lap("finish head")
@@ -156,27 +131,68 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
     lap("export")
     for name, spec in task.predict.items():
         stream = open_stream(spec, streams, objective, rank, world, sink, threads=task.threads)
-        columns = predict(engine, iter(stream), sink if rank == 0 else None, spec.steps, name)
+        columns = predict(engine, iter(stream), sink if rank == 0 else None, spec.steps, name, pulse)
+        pulse.enter("write predictions", watched=False)
         _post_reading(stream, rank, sink)
         _write_predictions(task.work / "predictions" / name, columns, rank)
         lap(f"predict {name}")
     return timing
 
 
-def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress) -> Position:
-    """The position to start from: the checkpoint's, or zero with fresh rows."""
-    stream = task.train.digest if task.train else ""
-    if found is None:
-        objective.start(progress)
-        load_heads(engine, task.initial)
-        return Position(0, 0, stream)
-    expected = read_index(found)["stream"]
-    if task.train and expected != stream:
-        raise DataError(
-            f"{found}: this checkpoint belongs to another data set, seed or shuffle window (stream {expected[:12]}, the "
-            f"job has {stream[:12]}). Restore those settings, or start over with --fresh."
+def _train(
+    task: FitTask,
+    engine: Engine,
+    position: Position,
+    streams: Streams | None,
+    rank: int,
+    world: int,
+    sink: Sink,
+    pulse: Pulse,
+    copies: Copies | None,
+) -> Position:
+    """From a position to the end of training, or to where the driver wishes it to stop."""
+    assert task.train is not None
+    config = task.config
+    spec = replace(
+        task.train,
+        global_batch=config.global_batch // config.accumulation,
+        start=position.cursor,
+        stop=task.total_steps * config.global_batch,
+    )
+    pulse.begin(position.step)
+    stream = open_stream(spec, streams, engine.objective, rank, world, sink, task.augment, task.threads)
+    batches = iter(stream)
+    saver = Checkpointer(
+        task.work / "checkpoints",
+        config.keep_checkpoints,
+        config.checkpoint_async,
+        int(config.checkpoint_memory_mb * 2**20),
+        task.attempt,
+        copies if rank == 0 else None,
+        lambda text: sink.post(kind="note", text=text),
+    )
+    save = Saving(saver, engine, config.max_failed_checkpoints, sink if rank == 0 else None)
+    patience_s = 5.0
+    try:
+        position = train(
+            engine,
+            batches,
+            config,
+            position,
+            task.total_steps,
+            HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
+            save,
+            pulse,
         )
-    return restore(found, engine, objective)
+        pulse.enter("checkpoint", watched=False)
+        save.finish()
+        if position.step == task.total_steps:  # a stop in between is in a hurry, and the next checkpoint is copied too
+            patience_s = 120.0
+    finally:
+        saver.close(patience_s)
+    batches.close()
+    _post_reading(stream, rank, sink)
+    return position
 
 
 def open_streams(task: FitTask, rank: int, world: int) -> Streams | None:

@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,14 @@ class Run:
         predictor: str = "topk",
         prior: ClassPrior | None = None,
         index: IndexConfig | None = None,
+        parents: Sequence[str] = (),
     ) -> Stage:
         """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`.
 
-        With `index` the package also holds an approximate index over the rows.
+        With `index` the package also holds an approximate index over the rows. `parents`: references of the registered
+        models that it was made from.
         """
+        lineage = {"parents": list(parents)} if parents else {}  # without any, earlier runs' stages keep their key
         return self.stage(
             "register",
             _register,
@@ -161,12 +164,14 @@ class Run:
             predictor=predictor,
             prior=prior,
             index=index,
+            **lineage,
         )
 
     def track_data(self, **sets: Manifest) -> None:
         """Records which data sets the run uses, by manifest hash."""
         for context, data in sets.items():
-            self.tracker.dataset(data.digest, data.name, data.root, context)
+            profile = {"num_samples": data.num_samples, "parents": list(data.parents)}
+            self.tracker.dataset(data.digest, data.name, data.root, context, profile)
             path = self.folder / "data" / f"{context}-manifest.json"
             path.parent.mkdir(exist_ok=True)
             write_json(path, data.model_dump(mode="json"))
@@ -236,6 +241,7 @@ def _register(
     predictor: str,
     prior: ClassPrior | None,
     index: IndexConfig | None,
+    parents: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
     from labelmill.encoders import build_encoder
@@ -260,6 +266,7 @@ def _register(
         package,
         encoder=build_encoder(encoder),
         input_kind=kind,
+        input_shape=data.fields[encoder.field].shape if kind == "array" else None,
         predictor=predictor,
         classes=classes,
         state=fitted.dense("encoder."),
@@ -274,7 +281,7 @@ def _register(
     if index is not None and classes is not None:
         info = build_index(package, index.kind, index.factory, index.probes)
         run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
-    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload})
+    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}
 

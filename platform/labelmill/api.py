@@ -50,8 +50,11 @@ def run(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     console: Console | None = None,
+    profile: bool = False,
 ) -> Report:
     """Runs a job file to its report; stages that finished before are kept unless `fresh`.
+
+    `profile` records a Chrome trace of a few training steps of every worker; it changes nothing else.
 
     Raises UserError kinds for what the caller can mend.
     """
@@ -61,7 +64,7 @@ def run(
     method, job = load_job(job_file, list(overrides))
     from labelmill.run import execute
 
-    return execute(job, method.run, fresh=fresh, console=console)
+    return execute(job, method.run, fresh=fresh, console=console, profile=profile)
 
 
 def schema(workload: str) -> dict[str, Any]:

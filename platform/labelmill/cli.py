@@ -49,11 +49,12 @@ def run(
     job: Annotated[Path, typer.Argument(help="a job file (YAML)")],
     overrides: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of keeping finished stages")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="record a Chrome trace of a few training steps")] = False,
 ) -> None:
     """Run a job to its report; a run that was interrupted continues."""
     from labelmill import api
 
-    api.run(job, overrides or [], fresh=fresh, console=console)
+    api.run(job, overrides or [], fresh=fresh, console=console, profile=profile)
 
 
 @app.command()

@@ -44,7 +44,8 @@ log = logging.getLogger("labelmill")
 class Run:
     """The context a method's function works in. Opened by `open_run`."""
 
-    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView) -> None:
+    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView, profile: bool = False) -> None:
+        self.profile = profile
         self.job, self.folder, self.tracker, self.progress = job, folder, tracker, progress
         meta = {"workload": job.workload, "seed": str(job.seed), **code_version()}
         self.report = Report(title=job.name, meta=meta, root=folder / "report")
@@ -69,6 +70,7 @@ class Run:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             began = time.monotonic()
+            self.tracker.tags({"labelmill.stage": name})
             with self.progress.stage(name):
                 values = dict(function(self, folder, **inputs))
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
@@ -115,6 +117,8 @@ class Run:
             use_gpu=cluster.gpus_per_worker > 0,
             threads=max(1, int(cluster.cpus_per_worker)),
             read_cpus=cluster.read_cpus,
+            run=self.job.name,
+            profile=self.profile,
         )
         folder.mkdir(parents=True, exist_ok=True)
         # what a killed driver hadn't sent yet; MLflow drops the points that it has
@@ -122,6 +126,9 @@ class Run:
             values = {name: value for name, value in record.items() if name not in ("step", "time")}
             self._track(int(record["step"]), record["time"], values)
         seconds = fit(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
+        if (traces := folder / "profile").is_dir():
+            self.tracker.artifact(traces, "profile")
+            self.progress.line(f"traces of a few steps: {traces}/trace-rank*.json.gz (open them in ui.perfetto.dev)")
         return Fitted(folder, seconds)
 
     def embed(
@@ -187,9 +194,18 @@ class Run:
                 self._track(event["step"], event["time"], event["values"])
             case "progress":
                 self.progress.update(event["done"], event["total"], event["rate"], event["text"])
+            case "start":
+                with open(folder / "starts.jsonl", "a", encoding="utf-8") as out:
+                    out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
+                starts = len((folder / "starts.jsonl").read_text(encoding="utf-8").splitlines())
+                began = {"run/worker_starts": starts, "run/total_steps": event["total"], "run/workers": event["world"]}
+                self._track(event["step"], event["time"], began)
+                self.tracker.flush()
             case "bad":
                 with open(folder / "bad_samples.jsonl", "a", encoding="utf-8") as out:
                     out.writelines(json.dumps(item) + "\n" for item in event["samples"])
+                bad = len(Fitted(folder).bad_samples)
+                self._track(0, event["time"], {"data/bad_samples": bad})
                 for key, reason in event["samples"]:
                     log.warning("data set %s: sample %s can't be used: %s", event["data"], key, reason)
             case "reading":
@@ -315,9 +331,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def execute(
-    job: Job, function: Callable[[Any, Run], None], fresh: bool = False, console: Console | None = None
+    job: Job,
+    function: Callable[[Any, Run], None],
+    fresh: bool = False,
+    console: Console | None = None,
+    profile: bool = False,
 ) -> Report:
-    """Runs a job to its report, continuing what an earlier call left unfinished.
+    """Runs a job to its report, continuing what an earlier call left unfinished. `profile` records a few steps.
 
     The order of checks: tracking answers, then data (the method loads its manifests), then the cluster.
     """
@@ -344,7 +364,7 @@ def execute(
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:
-            return _execute(job, function, folder, state if same else {}, console)
+            return _execute(job, function, folder, state if same else {}, console, profile)
         except UserError:
             raise
         except Exception as error:
@@ -357,7 +377,12 @@ def execute(
 
 
 def _execute(
-    job: Job, function: Callable[[Any, Run], None], folder: Path, state: dict[str, Any], console: Console
+    job: Job,
+    function: Callable[[Any, Run], None],
+    folder: Path,
+    state: dict[str, Any],
+    console: Console,
+    profile: bool = False,
 ) -> Report:
     with Tracker.open(
         job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run"), run_dir=folder
@@ -365,7 +390,7 @@ def _execute(
         state = {"mlflow_run": tracker.run_id, "job": job_digest(job)}
         write_json(folder / "run.json", state | {"status": "running"})
         with ProgressView(console) as progress:
-            run = Run(job, folder, tracker, progress)
+            run = Run(job, folder, tracker, progress, profile)
             try:
                 tracker.config(resolved(job))
                 tracker.params(resolved(job))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -39,6 +40,8 @@ from labelmill.serving import batch
 from labelmill.tracking import promotion, registry
 from labelmill.tracking.model import load_model, write_model
 from labelmill.tracking.run import Tracker
+from tests.conftest import s3_environment
+from tests.faults import FaultServer
 
 LABELMILL = Path(sys.executable).with_name("labelmill")
 WORDS = ["hello", "world", "banana", "orange", "apple"]
@@ -215,77 +218,92 @@ def test_a_repeated_job_does_what_is_missing(output: Path, tmp_path: Path, ray_s
         batch.make_task(CONFIG, output, "vectors", task.manifest, str(out))
 
 
-@pytest.mark.ray
-def test_bad_samples_have_a_row_that_says_why(output: Path, tmp_path: Path, ray_session: None, s3_store: str) -> None:
+def picture_data(place: str) -> Manifest:
+    """Nine pictures in three shards; the seventh is none."""
     fields, label = {"image": FieldSpec(kind="image", ext="png")}, LabelSpec(form="none")
-    with ShardWriter("s3://data/pictures", "pictures", fields, label, samples_per_shard=4) as writer:
+    with ShardWriter(place, "pictures", fields, label, samples_per_shard=4) as writer:
         for i in range(9):
             buffer = io.BytesIO()
             Image.fromarray(PICTURES[i % 5, :, :, 0]).save(buffer, "PNG")
             writer.write(f"p{i}", {"image": buffer.getvalue() if i != 6 else b"no picture"}, {})
-        data = writer.close()
-    task = batch.make_task(CONFIG, output, "pictures", data, "s3://data/out", k=1)
-    predictor = load_model(output.parent / "pictures")
+        return writer.close()
+
+
+@pytest.mark.ray
+def test_bad_samples_have_a_row_that_says_why(output: Path, tmp_path: Path, ray_session: None) -> None:
+    out = tmp_path / "out"
+    strict = batch.make_task(CONFIG, output, "pictures", picture_data(str(tmp_path / "data")), str(out), k=1)
     with pytest.raises(DataError, match=r"sample 'p6' can't be used: .*--max-bad"):
-        batch.predict_shard(predictor, task, 1)
-    assert store.list_files("s3://data/out") == [], "a part appears whole or not at all"
-    lenient = batch.make_task(CONFIG, output, "pictures", data, "s3://data/out", k=1, max_bad=1)
-    parts = [batch.predict_shard(predictor, lenient, shard) for shard in range(3)]
-    assert [(part.rows, part.bad) for part in parts] == [(4, 0), (4, 1), (1, 0)]
-    # all parts are there: the job only reads them back
-    done = batch.predict_shards(lenient, CONFIG, output, CLUSTER) if _claimed(lenient) else {}
+        batch.predict_shards(strict, CONFIG, output, CLUSTER)
+    assert not (out / batch.part_name(1)).exists()
+    done = batch.predict_shards(dataclasses.replace(strict, max_bad=1), CONFIG, output, CLUSTER)
     assert (done["rows"], done["bad"]) == (9, 1)
-    system, inner = store.filesystem(lenient.part(1))
-    rows = pq.read_table(inner, filesystem=system).to_pylist()
+    rows = pq.read_table(out / batch.part_name(1)).to_pylist()
     assert [row["class"] for row in rows] == [["apple"], ["hello"], None, ["banana"]]
     assert "not an image" in rows[2]["problem"]
+    with pytest.raises(DataError, match=r"sample 'p6' can't be used"):
+        batch.predict_shards(strict, CONFIG, output, CLUSTER)
 
 
-def _claimed(task: batch.Task) -> bool:
-    store.write_bytes(store.join(task.out, batch.JOB), json.dumps(task.identity).encode())
-    return True
+def test_a_part_on_s3_appears_whole_or_not_at_all(output: Path, s3_store: str) -> None:
+    task = batch.make_task(CONFIG, output, "pictures", picture_data("s3://data/in"), "s3://data/out", k=1)
+    predictor = load_model(output.parent / "pictures")
+    with pytest.raises(DataError, match="sample 'p6'"):
+        batch.predict_shard(predictor, task, 1)
+    assert store.list_files("s3://data/out") == []
+    part = batch.predict_shard(predictor, dataclasses.replace(task, max_bad=1), 1)
+    assert (part.rows, part.bad, part.problems[0][0]) == (4, 1, "p6")
+    assert store.list_files("s3://data/out") == [batch.part_name(1)]
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("place", ["disk", "s3"])
 def test_a_killed_job_writes_each_part_exactly_once(
-    place: str, output: Path, tmp_path: Path, request: pytest.FixtureRequest
+    place: str,
+    output: Path,
+    tmp_path: Path,
+    ray_session: None,
+    ray_storage: FaultServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The command is killed with all its processes after its first part, and a worker of the repetition as well."""
-    if place == "s3":
-        request.getfixturevalue("faulty")
-    data = text_data(tmp_path / "data", samples=60_000, per_shard=5000)
-    out = "s3://data/out" if place == "s3" else str(tmp_path / "out")
-    command = [str(LABELMILL), "models", "predict", "speller", "--data", str(tmp_path / "data"), "--out", out, "-k", "2",
-               "--cpus", "0.5", "--output", str(output)]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
+    """The command is killed with all its processes after its first part; a worker of the repetition is killed as well."""
+    for name, value in s3_environment(ray_storage).items():
+        monkeypatch.setenv(name, value)
+    store.make_bucket("s3://predictions")
+    out = "s3://predictions/out" if place == "s3" else str(tmp_path / "out")
+    data = text_data(tmp_path / "data", samples=40_000, per_shard=4096)
+    total = len(data.shards)
 
     def parts() -> set[str]:
         return {name for name in store.list_files(out) if name.endswith(".parquet")}
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-    first = start()
+    command = [str(LABELMILL), "models", "predict", "speller", "--data", data.root, "--out", out, "-k", "2",
+               "--cpus", "0.5", "--output", str(output)]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     _until(lambda: parts() or first.poll() is not None)
     assert first.poll() is None, first.communicate()[0].decode()
     _kill_tree(first.pid)
     first.wait(30)
     kept = parts()
-    assert 0 < len(kept) < 12
+    assert 0 < len(kept) < total
     assert batch.SUMMARY not in store.list_files(out)
 
-    second = start()
-    _until(lambda: len(parts()) > len(kept) or second.poll() is not None)
-    workers = [p for p in _family(second.pid) if "ShardPredictor" in " ".join(p.cmdline())]
-    for worker in workers[:1]:
-        worker.kill()
-    text = second.communicate(timeout=120)[0].decode()
-    assert second.returncode == 0, text
-    assert f"speller/1: 60,000 samples in 12 part(s) -> {out}" in text
-    assert f"{len(kept)} / 12" in text, "what was there wasn't done again"
-    check_parts(batch.make_task(CONFIG, output, "speller", load_manifest(data.root), out, k=2), output)
+    task = batch.make_task(CONFIG, output, "speller", load_manifest(data.root), out, k=2)
+    written: list[float] = []
+    killed: list[int] = []
+
+    def progress(done: float, of: float, rate: float, text: str) -> None:
+        written.append(done)
+        if len(written) == 2:
+            workers = [p for p in _family(os.getpid()) if "ShardPredictor" in " ".join(p.cmdline())]
+            workers[0].kill()
+            killed.append(workers[0].pid)
+
+    done = batch.predict_shards(task, CONFIG, output, ClusterConfig(workers=1, cpus_per_worker=0.5), progress)
+    assert killed
+    assert written[0] == len(kept), "what was there isn't done again"
+    assert (done["rows"], len(done["parts"])) == (40_000, total)
+    check_parts(task, output)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -378,18 +396,15 @@ def free_port() -> int:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["vectors", "speller", "pictures"])
-def test_ray_serve_answers_over_http(name: str, output: Path, ray_session: None) -> None:
+def test_ray_serve_answers_over_http(output: Path, ray_session: None) -> None:
     from labelmill import api
 
     port = free_port()
-    with api.serve(name, port=port, output=output, tracking=CONFIG) as (url, version):
-        assert (url, version) == (f"http://127.0.0.1:{port}", f"{name}/1")
+    with api.serve("vectors", port=port, output=output, tracking=CONFIG) as (url, version):
+        assert (url, version) == (f"http://127.0.0.1:{port}", "vectors/1")
         with urllib.request.urlopen(url + "/model", timeout=30) as answer:
-            assert json.load(answer)["model"] == f"{name}/1"
-        CHECKS[name](url)
-        if name != "vectors":
-            return
+            assert json.load(answer)["model"] == "vectors/1"
+        check_vectors(url)
         assert ask(url, {"inputs": []}) == (200, '{"predictions": []}')
         assert ask(url, {"inputs": []}, kind="text/plain")[0] == 415, "no page of a browser may ask unasked"
         assert ask(url, {"inputs": []}, path="/nowhere")[0] == 404

@@ -76,8 +76,8 @@ class Ranks:
     def sum_(self, value: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.world > 1:
-            self.traffic.add("all_reduce", value, self.world)
-            dist.all_reduce(value, group=self.group)
+            with self.traffic.timed("all_reduce", value, self.world):
+                dist.all_reduce(value, group=self.group)
         return value
 
     def sum_later_(self, value: Tensor) -> dist.Work | None:
@@ -90,20 +90,20 @@ class Ranks:
     def max_(self, value: Tensor) -> Tensor:
         """Maximum over the ranks, in place."""
         if self.world > 1:
-            self.traffic.add("all_reduce", value, self.world)
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+            with self.traffic.timed("all_reduce", value, self.world):
+                dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
 
     def copy_from_first_(self, value: Tensor) -> Tensor:
         """Overwrites `value` with that of rank 0."""
         if self.world > 1:
-            self.traffic.add("broadcast", value, self.world)
-            dist.broadcast(value, group=self.group, group_src=0)
+            with self.traffic.timed("broadcast", value, self.world):
+                dist.broadcast(value, group=self.group, group_src=0)
         return value
 
     def _gather(self, out: Tensor, part: Tensor) -> None:
-        self.traffic.add("all_gather", part, self.world)
-        _all_gather(out, part, group=self.group)
+        with self.traffic.timed("all_gather", part, self.world):
+            _all_gather(out, part, group=self.group)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ does what is missing. Places are folders or `s3://`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.reading import WindowRead, read_blocks
 from labelmill.data.shards import HOLE
 from labelmill.data.spec import Reading, StreamSpec
-from labelmill.errors import DataError, user_error_in
+from labelmill.errors import DataError, UserError
 from labelmill.job import ClusterConfig, TrackingConfig
 from labelmill.serving.package import fetch_package
 from labelmill.tracking.model import ModelSpec, Predictor, load_model, read_spec
@@ -189,10 +190,13 @@ class ShardPredictor:
         self._predictor = load_model(fetch_package(config, output, task.model)[1], device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        began = time.perf_counter()
-        parts = [predict_shard(self._predictor, self._task, int(shard)) for shard in batch["shard"]]
-        seconds = time.perf_counter() - began
-        return {"part": [json.dumps(asdict(part)) for part in parts], "seconds": [seconds] * len(parts)}
+        found = []
+        for shard in batch["shard"]:
+            try:
+                found.append({"part": asdict(predict_shard(self._predictor, self._task, int(shard)))})
+            except UserError as error:  # Ray Data would wrap it until nobody can tell what it was
+                found.append({"error": str(error)})
+        return {"found": [json.dumps(one) for one in found]}
 
 
 # --- the job --------------------------------------------------------------------------------------------------
@@ -287,6 +291,7 @@ def _run(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     gpus = cluster.gpus_per_worker
     arguments = {"task": task, "config": config, "output": output, "threads": max(1, int(cluster.cpus_per_worker)),
                  "device": "cuda" if gpus else "cpu"}  # fmt: skip
@@ -299,11 +304,11 @@ def _run(
         num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(shards)), max_tasks_in_flight_per_actor=2),
     )
-    try:
-        for row in parts.iter_rows():
-            yield Part(**json.loads(row["part"]))
-    except Exception as error:
-        raise user_error_in(error) or error from None
+    for row in parts.iter_rows():
+        found = json.loads(row["found"])
+        if "error" in found:
+            raise DataError(found["error"])
+        yield Part(**found["part"])
 
 
 def _claim(task: Task, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from labelmill.training.checkpoint import Position
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine
 from labelmill.training.events import Sink
+from labelmill.training.metrics import Window
 from labelmill.training.objective import Losses
+from labelmill.training.profile import StepProfiler
 
 PARTS = ("wait for data", "forward", "backward", "update")
 """What a step's seconds are spent on; the sharded head's logits and gradients are part of `forward`."""
@@ -33,6 +36,8 @@ def train(
     total_steps: int,
     sink: Sink | None,
     checkpoint: Callable[[Position], object],
+    watch: Callable[[Window], object] | None = None,
+    profiler: StepProfiler | None = None,
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
 
@@ -44,6 +49,8 @@ def train(
         total_steps: of the whole run; the schedule is laid over them.
         sink: takes metrics; given to rank 0 only.
         checkpoint: saves at a position; collective.
+        watch: takes every window of `log_every` steps, on every rank.
+        profiler: records some of the steps.
     """
     engine.objective.train()
     position = start
@@ -56,27 +63,36 @@ def train(
         seconds[part] += now - clock
         clock = now
 
+    def named(part: str) -> AbstractContextManager[None]:
+        return profiler.part(part) if profiler else nullcontext()
+
     skipped = 0
     for step in range(start.step, total_steps):
         rate = config.rate(step, total_steps)
         loss, parts, norm = 0.0, dict[str, float](), math.nan
+        if profiler:
+            profiler.begin_step()
         engine.begin(rate)
         problem = ""
         for _ in range(config.accumulation):
-            batch = engine.to_device(next(batches))
+            with named("wait for data"):
+                batch = engine.to_device(next(batches))
             spent("wait for data")
             if problem:  # the rest of a step that is left out
                 continue
-            losses, problem = _forward(engine, batch)
+            with named("forward"):
+                losses, problem = _forward(engine, batch)
             spent("forward")
             if losses is None:
                 continue
             loss += float(losses.total.detach()) / config.accumulation
             for name, value in losses.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach()) / config.accumulation
-            engine.backward(losses)
+            with named("backward"):
+                engine.backward(losses)
             spent("backward")
-            result = engine.step(rate)
+            with named("update"):
+                result = engine.step(rate)
             norm = norm if result is None else result
             spent("update")
         if problem:
@@ -89,14 +105,19 @@ def train(
                     f"train.max_skipped_steps is {config.max_skipped_steps}. Lower train.learning_rate, or set "
                     "train.max_grad_norm."
                 )
+        if profiler:
+            profiler.end_step()
         position = Position(step + 1, start.cursor + (step + 1 - start.step) * config.global_batch, start.stream)
         window_steps += 1
 
         last = step + 1 == total_steps
         due = (step + 1) % config.log_every == 0 or last
         shown = _mean_over_ranks({"loss": loss} | parts, engine.device) if due else {}
+        elapsed = time.perf_counter() - window_start
+        if watch and due:
+            samples = window_steps * config.global_batch
+            watch(Window(step + 1, total_steps, window_steps, samples, elapsed, dict(seconds), shown))
         if sink and due:
-            elapsed = time.perf_counter() - window_start
             values = {f"train/{name}": value for name, value in shown.items()} | {"train/learning_rate": rate}
             if math.isfinite(norm):
                 values["train/grad_norm"] = norm
@@ -112,8 +133,10 @@ def train(
                 rate=values["train/samples_per_second"],
                 text=f"loss {shown['loss']:.3f}",
             )
+        if due:
             seconds = dict.fromkeys(PARTS, 0.0)
-            window_start, window_steps = time.perf_counter(), 0
+            clock = window_start = time.perf_counter()
+            window_steps = 0
         if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
             checkpoint(position)
             clock = time.perf_counter()

@@ -37,8 +37,10 @@ from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.events import HistorySink, Sink
-from labelmill.training.loop import predict, train
+from labelmill.training.loop import PARTS, predict, train
+from labelmill.training.metrics import Exporter, Window
 from labelmill.training.objective import Objective, Progress
+from labelmill.training.profile import StepProfiler
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class FitTask:
         seed: of weights, order and sampled classes.
         augment: pass per-sample randomness to the objective's `prepare` while training.
         use_gpu, threads, read_cpus: from the job's cluster section.
+        run: name of the run, a label of metrics.
+        profile: record a few steps of every worker into `work/profile`.
         transport: `ray` streams through Ray Data; `local` reads in the worker process.
         rows_dtype: of exported head rows.
     """
@@ -68,6 +72,8 @@ class FitTask:
     use_gpu: bool = False
     threads: int = 1
     read_cpus: float = 0.25
+    run: str = ""
+    profile: bool = False
     transport: Literal["ray", "local"] = "ray"
     rows_dtype: torch.dtype = torch.float32
 
@@ -109,6 +115,9 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
     streams = open_streams(task, rank, world)
     position = _begin(task, engine, objective, found, progress)
     lap("initialise head" if not found else "restore checkpoint")
+    exporter = Exporter(task.run, task.work.name, rank, world) if task.transport == "ray" else None
+    if rank == 0:
+        sink.post(kind="start", step=position.step, total=task.total_steps, world=world)
 
     if task.train and position.step < task.total_steps:
         micro = task.config.global_batch // task.config.accumulation
@@ -118,7 +127,7 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             start=position.cursor,
             stop=task.total_steps * task.config.global_batch,
         )
-        stream = open_stream(spec, streams, objective, rank, world, sink, task.augment, task.threads)
+        stream = open_stream(spec, streams, objective, rank, world, sink, task.augment, task.threads, exporter)
         batches = iter(stream)
         config = task.config
         saver = Checkpointer(
@@ -127,6 +136,13 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             config.checkpoint_async,
             int(config.checkpoint_memory_mb * 2**20),
         )
+
+        def watch(seen: Window) -> None:
+            assert exporter is not None
+            exporter.window(seen, objective.heads, PARTS[0], stream.stats.retries.total())
+
+        steps = task.total_steps - position.step
+        profiler = StepProfiler(task.work / "profile", rank, steps) if task.profile else None
         try:
             position = train(
                 engine,
@@ -135,11 +151,15 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
                 position,
                 task.total_steps,
                 HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
-                lambda at: saver.save(engine, at),
+                lambda at: _save(saver, engine, at, exporter),
+                watch if exporter else None,
+                profiler,
             )
             saver.finish()
         finally:
             saver.close()
+            if profiler:
+                profiler.close()
         batches.close()
         _post_reading(stream, rank, sink)
     lap("train")
@@ -155,6 +175,13 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         _write_predictions(task.work / "predictions" / name, columns, rank)
         lap(f"predict {name}")
     return timing
+
+
+def _save(saver: Checkpointer, engine: Engine, at: Position, exporter: Exporter | None) -> None:
+    began = time.perf_counter()
+    saver.save(engine, at)
+    if exporter:
+        exporter.checkpoint(at.step, time.perf_counter() - began)
 
 
 def _begin(task: FitTask, engine: Engine, objective: Objective, found: Path | None, progress: Progress) -> Position:
@@ -190,11 +217,14 @@ def open_stream(
     sink: Sink,
     augment: bool = False,
     threads: int = 1,
+    exporter: Exporter | None = None,
 ) -> RankStream:
     """This rank's batches of a stream. Every rank opens the same streams in the same order."""
     source: BatchSource = LocalSource(spec, rank, world) if streams is None else streams.open(spec)
 
     def on_bad(bad: list[tuple[str, str]]) -> None:
+        if exporter:
+            exporter.bad(len(bad))
         sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
     return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)

@@ -22,7 +22,7 @@ from rich.table import Table
 from labelmill import __version__
 from labelmill.cli_data import data_app
 from labelmill.cli_head import head_app
-from labelmill.cli_models import models_app, serve
+from labelmill.cli_models import models_app, serve, status
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(head_app, name="head")
 app.command()(serve)
+app.command()(status)
 
 console = Console()
 

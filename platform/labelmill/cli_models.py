@@ -225,3 +225,19 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
+
+
+def status(
+    run: Annotated[str, typer.Argument(help="MLflow id or name of a run (the newest of that name)")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text")] = False,
+    output: OutputOption = Path("runs"),
+    tracking_uri: UriOption = None,
+) -> None:
+    """Say how a run stands, from its MLflow run alone: stage, step, rate, metrics, damage, restarts."""
+    from labelmill.tracking.status import read_status, render_status
+
+    found = read_status(tracking_config(tracking_uri), output, run)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        render_status(found, console)

@@ -190,7 +190,7 @@ class ShardPredictor:
         self._predictor = load_model(fetch_package(config, output, task.model)[1], device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        found = []
+        found: list[dict[str, Any]] = []
         for shard in batch["shard"]:
             try:
                 found.append({"part": asdict(predict_shard(self._predictor, self._task, int(shard)))})

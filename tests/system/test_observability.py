@@ -29,7 +29,7 @@ JOB = {
     "words": {"languages": ["en"], "count": 600, "typos_per_word": 4, "queries": 50},
     "cluster": {"workers": 2, "cpus_per_worker": 0.5},
     "encoder": {"kind": "char_ngrams", "dim": 16, "buckets": 1024, "hidden": 0},
-    "train": {"global_batch": 32, "steps": 400, "log_every": 20, "checkpoint_every": 100},
+    "train": {"global_batch": 32, "steps": 240, "log_every": 20, "checkpoint_every": 60},
 }
 # runs the job in a thread and scrapes the node as Prometheus would, until the workers are gone
 SCRAPE = """
@@ -97,7 +97,7 @@ def test_every_metric_is_exported_by_every_rank(seen: tuple[Path, dict[str, floa
     assert parts == set(PARTS)
     samples = [value for name, value in series.items() if name.startswith(SAMPLES.exported + "{")]
     assert len(samples) == 2
-    assert all(0 < value <= 400 * 16 for value in samples)
+    assert all(0 < value <= 240 * 16 for value in samples)
     shares = [value for name, value in series.items() if name.startswith("ray_labelmill_data_wait_share{")]
     assert all(0 <= value <= 1 for value in shares)
     kinds = {labels_of(n)["collective"] for n in series if n.startswith("ray_labelmill_head_sent_bytes_total{")}
@@ -171,7 +171,7 @@ def test_the_trace_shows_the_parts_of_a_step(seen: tuple[Path, dict[str, float]]
 def test_the_status_tells_all_from_the_run_alone(seen: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     config = TrackingConfig(uri=f"sqlite:///{seen[0]}/runs/mlflow.db")
     found = read_status(config, tmp_path, "seen")
-    assert (found.state, found.step, found.total_steps, found.restarts) == ("FINISHED", 400, 400, 0)
+    assert (found.state, found.step, found.total_steps, found.restarts) == ("FINISHED", 240, 240, 0)
     assert set(found.stages) >= {"fit"}
     assert found.samples_per_second is not None
     assert found.damage == {}
@@ -181,5 +181,5 @@ def test_the_status_tells_all_from_the_run_alone(seen: tuple[Path, dict[str, flo
         read_status(config, tmp_path, "sene")
     command = [str(Path(sys.executable).with_name("labelmill")), "status", "seen", "--output", str(seen[0] / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    assert re.search(r"step +400 of 400\n", done.stdout)
+    assert re.search(r"step +240 of 240\n", done.stdout)
     assert re.search(r"restarts +0\n", done.stdout)

@@ -54,6 +54,7 @@ def test_every_form_of_a_request() -> None:
         ({"inputs": ["a"], "k": 3}, TEXT, "k: unknown field"),
         ({"inputs": "a"}, TEXT, "inputs: a list is needed, not a text"),
         ({"inputs": ["a", 3]}, TEXT, "inputs[1]: a text is needed, not a number"),
+        ({"inputs": ["a", "\ud800"]}, TEXT, "inputs[1]: half of a surrogate pair"),
         ({"inputs": ["a"] * 5}, TEXT, "inputs: 5 inputs, at most 4"),
         ({"inputs": {"words": ["a"]}}, TEXT, "inputs.words: the model takes the field 'word' alone"),
         ({"dataframe_split": {"columns": ["w"], "data": []}}, TEXT, "dataframe_split.columns: 'word' is missing"),

@@ -10,6 +10,8 @@ import asyncio
 import itertools
 import json
 import logging
+import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,10 +121,8 @@ class Model:
 
 
 def _named(text: str) -> str:
-    """The message of a predictor with the number of the input as a field."""
-    return (
-        f"inputs[{text[6:].partition(':')[0]}]{text[6 + text[6:].index(':') :]}" if text.startswith("input ") else text
-    )
+    """A predictor's message, with the number of the input as a field."""
+    return re.sub(r"^input (\d+)", r"inputs[\1]", text)
 
 
 def _refusal(status: int, code: str, message: str) -> Response:
@@ -180,7 +180,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     pinned = f"{version.name}/{version.version}"
     name, cluster, joined = f"labelmill-{version.name}", config.cluster, ray.is_initialized()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if not cluster.address:
+    if not (cluster.address or os.environ.get("RAY_ADDRESS")):
         _check_port(config)
     with connect(cluster):
         _start(config)

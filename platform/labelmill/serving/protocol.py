@@ -128,6 +128,8 @@ def _input(value: Any, path: str, spec: ModelSpec) -> Any:
             f"{path}: a {'text' if spec.input == 'text' else 'base64 text'} is needed, not {_kind(value)}"
         )
     if spec.input == "text":
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise RequestError(f"{path}: half of a surrogate pair is no text")
         return value
     try:
         return base64.b64decode(value, validate=True)

@@ -8,7 +8,8 @@ print(report.metrics)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,20 @@ if TYPE_CHECKING:
     from labelmill.planning.estimate import Estimate
     from labelmill.tracking.report import Report
 
-__all__ = ["card", "check", "plan", "plan_table", "predict", "promote", "resolved", "run", "schema", "workload_names"]
+__all__ = [
+    "card",
+    "check",
+    "plan",
+    "plan_table",
+    "predict",
+    "predict_data",
+    "promote",
+    "resolved",
+    "run",
+    "schema",
+    "serve",
+    "workload_names",
+]
 
 
 def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -36,8 +50,11 @@ def run(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     console: Console | None = None,
+    profile: bool = False,
 ) -> Report:
     """Runs a job file to its report; stages that finished before are kept unless `fresh`.
+
+    `profile` records a Chrome trace of a few training steps of every worker; it changes nothing else.
 
     Raises UserError kinds for what the caller can mend.
     """
@@ -47,7 +64,7 @@ def run(
     method, job = load_job(job_file, list(overrides))
     from labelmill.run import execute
 
-    return execute(job, method.run, fresh=fresh, console=console)
+    return execute(job, method.run, fresh=fresh, console=console, profile=profile)
 
 
 def schema(workload: str) -> dict[str, Any]:
@@ -93,6 +110,64 @@ def predict(
     from labelmill.tracking import registry
 
     return registry.predict(tracking or TrackingConfig(), Path(output), model, inputs, k)
+
+
+def predict_data(
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    k: int = 5,
+    field: str | None = None,
+    max_bad: int = 0,
+    cluster: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    output: str | Path = "runs",
+    tracking: TrackingConfig | None = None,
+    progress: Callable[[float, float, float, str], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Predicts a data set on Ray into one Parquet file a shard below `out`; the same call finishes what was killed.
+
+    `cluster` holds fields of a job's cluster section. Returns the content of `predictions.json`.
+    """
+    from labelmill.data.manifest import load_manifest
+    from labelmill.job import ClusterConfig, validate_section
+    from labelmill.serving import batch
+
+    section = validate_section(cluster or {}, ClusterConfig, "cluster")
+    config = tracking or TrackingConfig()
+    task = batch.make_task(config, output, model, load_manifest(data), str(out), k, field, max_bad)
+    return batch.predict_shards(task, config, output, section, progress, overwrite)
+
+
+@contextmanager
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cluster: Mapping[str, Any] | None = None,
+    max_batch: int = 32,
+    wait_ms: float = 2.0,
+    output: str | Path = "runs",
+    tracking: TrackingConfig | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Serves a registered model on Ray Serve for the length of the block: gives (address, `NAME/VERSION`).
+
+    `cluster` holds fields of a job's cluster section; its workers are replicas.
+    """
+    from labelmill.cluster import set_environment
+    from labelmill.job import ClusterConfig, validate_section
+    from labelmill.tracking import registry
+
+    set_environment()
+    from labelmill.serving.http import ServeConfig, serving
+
+    section = validate_section(cluster or {}, ClusterConfig, "cluster")
+    config = tracking or TrackingConfig()
+    version = registry.resolve(config, output, model)
+    pinned = f"{version.name}/{version.version}"
+    asked = ServeConfig(pinned, str(output), config, host, port, section, max_batch, wait_ms)
+    with serving(asked) as url:
+        yield url, pinned
 
 
 def promote(

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from labelmill import __version__
 from labelmill.cli_checkpoints import checkpoints_app
 from labelmill.cli_data import data_app
 from labelmill.cli_head import head_app
+from labelmill.cli_models import models_app, serve, status
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -32,20 +33,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Registered models: list, show, promote, predict.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(head_app, name="head")
 app.add_typer(checkpoints_app, name="checkpoints")
+app.command()(serve)
+app.command()(status)
 
 console = Console()
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="override a field, e.g. train.epochs=1")
-]
-OutputOption = Annotated[Path, typer.Option("--output", help="folder of runs and of the local tracking store")]
-UriOption = Annotated[
-    str | None, typer.Option("--tracking-uri", help="MLflow URI; default $MLFLOW_TRACKING_URI, else the local store")
 ]
 
 
@@ -54,11 +52,12 @@ def run(
     job: Annotated[Path, typer.Argument(help="a job file (YAML)")],
     overrides: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of keeping finished stages")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="record a Chrome trace of a few training steps")] = False,
 ) -> None:
     """Run a job to its report; a run that was interrupted continues."""
     from labelmill import api
 
-    api.run(job, overrides or [], fresh=fresh, console=console)
+    api.run(job, overrides or [], fresh=fresh, console=console, profile=profile)
 
 
 @app.command()
@@ -162,92 +161,6 @@ def doctor() -> None:
     console.print(table)
     if any(finding.state == "fail" for finding in findings):
         raise typer.Exit(1)
-
-
-# --- models ---------------------------------------------------------------------------------------------------
-
-
-def _tracking(uri: str | None) -> Any:
-    from labelmill.job import TrackingConfig
-
-    return TrackingConfig(uri=uri)
-
-
-@models_app.command("list")
-def models_list(output: OutputOption = Path("runs"), tracking_uri: UriOption = None) -> None:
-    """Registered models with their versions and aliases."""
-    from labelmill.tracking import registry
-
-    table = Table("model", "latest", "aliases", "predictor", box=None, header_style="bold", pad_edge=False)
-    for model in registry.list_models(_tracking(tracking_uri), output):
-        aliases = ", ".join(f"{alias} → {version}" for alias, version in sorted(model.aliases.items()))
-        table.add_row(model.name, str(model.latest), aliases, model.predictor)
-    console.print(table)
-
-
-@models_app.command("show")
-def models_show(name: str, output: OutputOption = Path("runs"), tracking_uri: UriOption = None) -> None:
-    """Versions of a model: aliases, run, metrics."""
-    from labelmill.tracking import registry
-
-    for version in registry.show(_tracking(tracking_uri), output, name):
-        registry.render_version(version, console)
-
-
-@models_app.command("promote")
-def models_promote(
-    name: str,
-    version: Annotated[str, typer.Option(help="a version number or an alias")] = "candidate",
-    output: OutputOption = Path("runs"),
-    tracking_uri: UriOption = None,
-) -> None:
-    """Make a version the champion; the former champion stays under the alias `previous`."""
-    from labelmill import api
-
-    moved = api.promote(name, version, output, _tracking(tracking_uri))
-    console.print(f"{name}: champion is now version {moved}", highlight=False)
-
-
-@models_app.command("predict")
-def models_predict(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@alias or NAME/version")],
-    text: Annotated[list[str] | None, typer.Option("--text", help="an input; repeat for several")] = None,
-    image: Annotated[list[Path] | None, typer.Option("--image", help="an image file; repeat for several")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="a text file, an input a line")] = None,
-    k: Annotated[int, typer.Option("-k", help="ranked classes an input")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table")] = False,
-    output: OutputOption = Path("runs"),
-    tracking_uri: UriOption = None,
-) -> None:
-    """Ask a registered model."""
-    from labelmill import api
-
-    inputs: list[Any] = list(text or [])
-    if file:
-        if not file.is_file():
-            raise UserError(f"--file {file}: no such file.")
-        inputs += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for path in image or []:
-        if not path.is_file():
-            raise UserError(f"--image {path}: no such file.")
-        inputs.append(path.read_bytes())
-    if not inputs:
-        raise UserError("nothing to predict: give --text, --image or --file.")
-    frame = api.predict(model, inputs, k, output, _tracking(tracking_uri))
-    names = [t if isinstance(t, str) else str((image or [])[i - len(inputs)]) for i, t in enumerate(inputs)]
-    if as_json:
-        for record in frame.to_dict("records"):
-            print(json.dumps(record | {"input": names[int(record["input"])]}, ensure_ascii=False, default=list))
-        return
-    table = Table("input", "answers, best first", box=None, header_style="bold", pad_edge=False)
-    for index, name in enumerate(names):
-        rows = frame[frame["input"] == index]
-        if "class" in rows:
-            answers = ", ".join(f"{row['class']} ({row['score']:.2f})" for _, row in rows.iterrows())
-        else:
-            answers = str(rows.iloc[0].drop("input").to_dict())[:200]
-        table.add_row(name, answers)
-    console.print(table)
 
 
 # --- main -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
 
 _LONGEST_TEMP = 30
+_RELEASE_S = 2.0  # what a job held that has just ended is free a little later
 
 # Read when ray is imported; inherited by every Ray process.
 _ENVIRONMENT = {
@@ -99,7 +101,10 @@ def check_resources(cluster: ClusterConfig) -> None:
         counted = "min_workers" if cluster.min_workers else "workers"
         workers = cluster.min_workers or cluster.workers
         need = workers * per_worker + extra
-        have = free.get(kind, 0.0)
+        deadline = time.monotonic() + _RELEASE_S
+        while (have := free.get(kind, 0.0)) + 1e-6 < need <= total.get(kind, 0.0) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            free = ray.available_resources()
         if need > have + 1e-6:
             fits = max(0, int((have - extra) / per_worker + 1e-6))
             reading = f" + {extra:g} for reading" if extra else ""

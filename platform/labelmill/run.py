@@ -51,7 +51,8 @@ _RANKS_SHOWN = 16  # a metric a rank; with more only the slowest
 class Run:
     """The context a method's function works in. Opened by `open_run`."""
 
-    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView) -> None:
+    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView, profile: bool = False) -> None:
+        self.profile = profile
         self.job, self.folder, self.tracker, self.progress = job, folder, tracker, progress
         meta = {"workload": job.workload, "seed": str(job.seed), **code_version()}
         self.report = Report(title=job.name, meta=meta, root=folder / "report")
@@ -76,6 +77,7 @@ class Run:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             began = time.monotonic()
+            self.tracker.tags({"labelmill.stage": name})
             with self.progress.stage(name):
                 values = dict(function(self, folder, **inputs))
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
@@ -130,6 +132,8 @@ class Run:
             head_shards=tuple(s.shards for _, s in self.job if isinstance(s, HeadConfig) and s.shards),
             checkpoint_to=self._copies_of(folder),
             hang_limit_s=cluster.hang_limit_s,
+            run=self.job.name,
+            profile=self.profile,
         )
         folder.mkdir(parents=True, exist_ok=True)
         told: set[int] = set()
@@ -142,6 +146,9 @@ class Run:
         self._track_history(folder, told)  # what a killed driver hadn't sent yet
         seconds = fit(task, cluster, self.job.name, on_event)
         self._track_history(folder, told)  # what was lost with a mailbox
+        if (traces := folder / "profile").is_dir():
+            self.tracker.artifact(traces, "profile")
+            self.progress.line(f"traces of a few steps: {traces}/trace-rank*.json.gz (open them in ui.perfetto.dev)")
         return Fitted(folder, seconds)
 
     def _copies_of(self, folder: Path) -> str | None:
@@ -178,11 +185,14 @@ class Run:
         predictor: str = "topk",
         prior: ClassPrior | None = None,
         index: IndexConfig | None = None,
+        parents: Sequence[str] = (),
     ) -> Stage:
         """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`.
 
-        With `index` the package also holds an approximate index over the rows.
+        With `index` the package also holds an approximate index over the rows. `parents`: references of the registered
+        models that it was made from.
         """
+        lineage = {"parents": list(parents)} if parents else {}  # without any, earlier runs' stages keep their key
         return self.stage(
             "register",
             _register,
@@ -194,6 +204,7 @@ class Run:
             predictor=predictor,
             prior=prior,
             index=index,
+            **lineage,
         )
 
     def track_data(self, **sets: Manifest | AnySpec) -> None:
@@ -207,7 +218,8 @@ class Run:
             for number, part in enumerate(data.parts):
                 manifests[f"{context}_mix_{number}" if number else context] = part.manifest
         for context, data in manifests.items():
-            self.tracker.dataset(data.digest, data.name, data.root, context)
+            profile = {"num_samples": data.num_samples, "parents": list(data.parents)}
+            self.tracker.dataset(data.digest, data.name, data.root, context, profile)
             path = self.folder / "data" / f"{context}-manifest.json"
             path.parent.mkdir(exist_ok=True)
             write_json(path, data.model_dump(mode="json"))
@@ -223,9 +235,18 @@ class Run:
                 self._track(event["step"], event["time"], event["values"])
             case "progress":
                 self.progress.update(event["done"], event["total"], event["rate"], event["text"])
+            case "start":
+                with open(folder / "starts.jsonl", "a", encoding="utf-8") as out:
+                    out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
+                starts = len((folder / "starts.jsonl").read_text(encoding="utf-8").splitlines())
+                began = {"run/worker_starts": starts, "run/total_steps": event["total"], "run/workers": event["world"]}
+                self._track(event["step"], event["time"], began)
+                self.tracker.flush()
             case "bad":
                 with open(folder / "bad_samples.jsonl", "a", encoding="utf-8") as out:
                     out.writelines(json.dumps(item) + "\n" for item in event["samples"])
+                bad = len(Fitted(folder).bad_samples)
+                self._track(0, event["time"], {"data/bad_samples": bad})
                 for key, reason in event["samples"]:
                     log.warning("data set %s: sample %s can't be used: %s", event["data"], key, reason)
             case "note":
@@ -329,6 +350,7 @@ def _register(
     predictor: str,
     prior: ClassPrior | None,
     index: IndexConfig | None,
+    parents: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
     from labelmill.encoders import build_encoder
@@ -353,6 +375,7 @@ def _register(
         package,
         encoder=build_encoder(encoder),
         input_kind=kind,
+        input_shape=data.fields[encoder.field].shape if kind == "array" else None,
         predictor=predictor,
         classes=classes,
         state=fitted.dense("encoder."),
@@ -367,7 +390,7 @@ def _register(
     if index is not None and classes is not None:
         info = build_index(package, index.kind, index.factory, index.probes)
         run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
-    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload})
+    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}
 
@@ -401,9 +424,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def execute(
-    job: Job, function: Callable[[Any, Run], None], fresh: bool = False, console: Console | None = None
+    job: Job,
+    function: Callable[[Any, Run], None],
+    fresh: bool = False,
+    console: Console | None = None,
+    profile: bool = False,
 ) -> Report:
-    """Runs a job to its report, continuing what an earlier call left unfinished.
+    """Runs a job to its report, continuing what an earlier call left unfinished. `profile` records a few steps.
 
     The order of checks: tracking answers, then data (the method loads its manifests), then the cluster.
     """
@@ -436,7 +463,7 @@ def execute(
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:
-            return _execute(job, function, folder, state if same else {}, console)
+            return _execute(job, function, folder, state if same else {}, console, profile)
         except UserError:
             raise
         except Exception as error:
@@ -449,7 +476,12 @@ def execute(
 
 
 def _execute(
-    job: Job, function: Callable[[Any, Run], None], folder: Path, state: dict[str, Any], console: Console
+    job: Job,
+    function: Callable[[Any, Run], None],
+    folder: Path,
+    state: dict[str, Any],
+    console: Console,
+    profile: bool = False,
 ) -> Report:
     with Tracker.open(
         job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run") or None, run_dir=folder
@@ -463,7 +495,7 @@ def _execute(
         tracker.on_open = lambda run_id: note(mlflow_run=run_id)
         note()
         with ProgressView(console) as progress:
-            run = Run(job, folder, tracker, progress)
+            run = Run(job, folder, tracker, progress, profile)
             try:
                 tracker.config(resolved(job))
                 tracker.params(resolved(job))

@@ -44,6 +44,7 @@ class Upload:
         self._pool: ThreadPoolExecutor | None = None
         self._running: deque[Future[None]] = deque()
         self._size = 0
+        self.closed = False  # pyarrow's writers ask for it
 
     def write(self, data: Any) -> int:
         """Takes bytes, a buffer or a view."""
@@ -64,6 +65,7 @@ class Upload:
 
     def close(self) -> None:
         """Publishes the object and verifies it. Raises StoreError when the store has other bytes."""
+        self.closed = True
         if self._id is None:
             etag = self._put(self._take(self._waiting))
         else:
@@ -73,6 +75,7 @@ class Upload:
 
     def abort(self) -> None:
         """Drops what was sent."""
+        self.closed = True
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
         if self._id is not None:

@@ -7,9 +7,6 @@ Shape legend: B samples of this rank, N samples of all ranks.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +20,6 @@ from labelmill.heads.traffic import Traffic
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-_waited_s = 0.0
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    """Around a collective: its seconds count as waiting for other ranks. On a GPU the call returns before that."""
-    global _waited_s
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        _waited_s += time.perf_counter() - began
-
-
-def waited_s() -> float:
-    """Seconds that this process has spent in collectives so far."""
-    return _waited_s
 
 
 class Ranks:
@@ -98,8 +76,7 @@ class Ranks:
     def sum_(self, value: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
         if self.world > 1:
-            self.traffic.add("all_reduce", value, self.world)
-            with waiting():
+            with self.traffic.timed("all_reduce", value, self.world):
                 dist.all_reduce(value, group=self.group)
         return value
 
@@ -113,22 +90,19 @@ class Ranks:
     def max_(self, value: Tensor) -> Tensor:
         """Maximum over the ranks, in place."""
         if self.world > 1:
-            self.traffic.add("all_reduce", value, self.world)
-            with waiting():
+            with self.traffic.timed("all_reduce", value, self.world):
                 dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return value
 
     def copy_from_first_(self, value: Tensor) -> Tensor:
         """Overwrites `value` with that of rank 0."""
         if self.world > 1:
-            self.traffic.add("broadcast", value, self.world)
-            with waiting():
+            with self.traffic.timed("broadcast", value, self.world):
                 dist.broadcast(value, group=self.group, group_src=0)
         return value
 
     def _gather(self, out: Tensor, part: Tensor) -> None:
-        self.traffic.add("all_gather", part, self.world)
-        with waiting():
+        with self.traffic.timed("all_gather", part, self.world):
             _all_gather(out, part, group=self.group)
 
 

@@ -17,7 +17,9 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,13 +43,45 @@ def sent_bytes(kind: Kind, payload: float, world: int) -> float:
     ]
 
 
+_waited_s = 0.0
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Around a collective: its seconds count as waiting for other ranks. On a GPU the call returns before that."""
+    global _waited_s
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited_s += time.perf_counter() - began
+
+
+def waited_s() -> float:
+    """Seconds that this process has spent in collectives so far."""
+    return _waited_s
+
+
 class Traffic:
-    """Counts collectives by kind: `calls`, `payload` bytes given in, and bytes `sent`."""
+    """Counts collectives by kind: `calls`, `payload` bytes given in, bytes `sent`, and `seconds` of waiting for them.
+
+    Seconds are those of the calls that wait, until they return; a call on a GPU returns when it has been started.
+    """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.payload: Counter[str] = Counter()
         self.sent: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, kind: Kind, value: Tensor, world: int) -> Iterator[None]:
+        """One collective over `value`, which runs in the block."""
+        self.add(kind, value, world)
+        began = time.perf_counter()
+        with waiting():
+            yield
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - began
 
     def add(self, kind: Kind, value: Tensor, world: int) -> None:
         """One collective over `value`."""
@@ -61,6 +95,7 @@ class Traffic:
         self.calls.clear()
         self.payload.clear()
         self.sent.clear()
+        self.seconds.clear()
 
 
 @dataclass(frozen=True)

@@ -88,24 +88,25 @@ def _mlflow_folder(path: Path, model_dir: Path, spec: ModelSpec, model: LoggedMo
 
 
 def _signature(spec: ModelSpec) -> Any:
+    import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
     from mlflow.types.schema import Array, DataType
 
-    kinds: dict[str, Any] = {
-        "text": DataType.string,
-        "image": DataType.binary,
-        "array": Array(DataType.double),
-    }
     answer: list[Any] = [ColSpec(DataType.long, "input")]
     if spec.predictor == "embed":
         answer.append(ColSpec(Array(DataType.float), "embedding"))
     else:
         answer += [ColSpec(DataType.long, "rank"), ColSpec(DataType.long, "class_id"),
                    ColSpec(DataType.string, "class"), ColSpec(DataType.double, "score")]  # fmt: skip
-    # the input column has no name here, so that a plain list of inputs is taken as well as a DataFrame
+    if spec.input == "array":
+        # a column of arrays would refuse plain nested lists, and its errors wouldn't name the field
+        taken: Any = TensorSpec(np.dtype(np.float64), (-1, *(spec.shape or (-1,))), name=spec.field)
+    else:
+        # the column has no name here, so that a plain list of inputs is taken as well as a DataFrame
+        taken = ColSpec({"text": DataType.string, "image": DataType.binary}[spec.input])
     return ModelSignature(
-        inputs=Schema([ColSpec(kinds[spec.input])]),
+        inputs=Schema([taken]),
         outputs=Schema(answer),
         params=ParamSchema([ParamSpec("k", DataType.long, 5)]),
     )

@@ -69,6 +69,7 @@ class ModelSpec(StrictModel):
         encoder: config that `build_encoder` rebuilds the encoder from; paths start from the model's folder.
         field: name of the input, as in the training manifest.
         input: what an input is: a text, an encoded image, an array of numbers.
+        shape: of an input array, where every one has the same; None otherwise.
         dim: embedding width D.
         normalized: whether embeddings and rows are unit vectors, so that a score is a cosine; else it is
             their inner product.
@@ -88,6 +89,7 @@ class ModelSpec(StrictModel):
     encoder: dict[str, Any]
     field: str
     input: InputKind
+    shape: tuple[int, ...] | None = None
     dim: int = Field(ge=1)
     normalized: bool = True
     prior: ClassPrior | None = None
@@ -119,12 +121,14 @@ def write_model(
     manifest_digest: str = "",
     code_version: str = "",
     extra: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
 ) -> ModelSpec:
     """Finishes a model folder that already holds the head files of every rank.
 
     Args:
         encoder: what was trained; its own `state_dict` is saved unless `state` gives the weights (ZeRO 3).
         classes: label space, column `name`, row i is class i; None for a model without a head.
+        input_shape: of an input array; by default (in_dim,) of an encoder that flattens.
 
     Raises DataError when the head files don't hold each class exactly once, differ in dtype, don't fit the
     encoder's width, or aren't unit vectors though `normalized`.
@@ -149,6 +153,7 @@ def write_model(
         encoder=json.loads(encoder.portable(folder).model_dump_json()),
         field=encoder.field,
         input=input_kind,
+        shape=_shape(encoder, input_kind, input_shape),
         dim=encoder.dim,
         normalized=normalized,
         prior=prior,
@@ -164,6 +169,13 @@ def write_model(
     text = json.dumps(json.loads(spec.model_dump_json()), indent=1, ensure_ascii=False)
     _replace(folder / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
     return spec
+
+
+def _shape(encoder: Encoder, kind: InputKind, given: Sequence[int] | None) -> tuple[int, ...] | None:
+    if kind != "array":
+        return None
+    width = getattr(encoder.config, "in_dim", None)
+    return tuple(given) if given is not None else (width,) if width else None
 
 
 def _find_shards(folder: Path, num_classes: int, dim: int, normalized: bool) -> tuple[tuple[HeadShard, ...], str]:
@@ -268,13 +280,30 @@ class Predictor:
         """(first class, rows_RD) of each head file: memory-mapped on the CPU, or copied to the device."""
         return [(s.start, _map_rows(self.folder / s.file).to(self.device)) for s in self.spec.shards]
 
+    def read(self, inputs: Inputs) -> Any:
+        """Inputs as `Encoder.prepare` takes them: images decoded, arrays stacked; what was read stays as it is.
+
+        Raises DataError for an input that can't be read, by its number.
+        """
+        if self.spec.input == "text":
+            wrong = next((i for i, value in enumerate(inputs) if not isinstance(value, str)), None)
+            if wrong is not None:
+                raise DataError(f"input {wrong}: expected a text, got {type(inputs[wrong]).__name__}")
+            return list(inputs)
+        if isinstance(inputs, np.ndarray) and inputs.dtype != object:
+            return inputs
+        values: list[Any] = list(inputs)
+        if self.spec.input == "image":
+            return self._decoded(values)
+        return _stacked(values)
+
     def embed(self, inputs: Inputs) -> Tensor:
         """Embeddings (N, D) float32 on the CPU, unit vectors if the model is normalised.
 
         Inputs are texts; or encoded images, or uint8 pixels (N, H, W, C); or an array (N, ...). Raises
         DataError for an input that can't be read, by its number.
         """
-        emb_ND = self.encoder.embed(self._raw(inputs))
+        emb_ND = self.encoder.embed(self.read(inputs))
         return F.normalize(emb_ND, dim=1) if self.spec.normalized else emb_ND
 
     @torch.no_grad()
@@ -299,20 +328,6 @@ class Predictor:
             raise DataError(f"k must be at least 1, not {k}")
         return _rule(self.spec.predictor)(self, inputs, k)
 
-    def _raw(self, inputs: Inputs) -> Any:
-        """Inputs as `Encoder.prepare` takes them."""
-        if self.spec.input == "text":
-            wrong = next((i for i, value in enumerate(inputs) if not isinstance(value, str)), None)
-            if wrong is not None:
-                raise DataError(f"input {wrong}: expected a text, got {type(inputs[wrong]).__name__}")
-            return list(inputs)
-        if isinstance(inputs, np.ndarray) and inputs.dtype != object:
-            return inputs
-        values: list[Any] = list(inputs)
-        if self.spec.input == "image":
-            return self._decoded(values)
-        return np.stack([np.asarray(value, dtype=np.float32) for value in values])
-
     def _decoded(self, inputs: Sequence[Any]) -> np.ndarray:
         from labelmill.data.decode import decode_images
 
@@ -325,6 +340,22 @@ class Predictor:
         if bad:
             raise DataError(f"{bad[0][0]}: not a readable image: {bad[0][1]}")
         return images
+
+
+def _stacked(values: Sequence[Any]) -> np.ndarray:
+    """Arrays of numbers, whole or not, as float32 (N, ...). Raises DataError for the first that isn't one."""
+    arrays: list[np.ndarray] = []
+    for number, value in enumerate(values):
+        try:
+            array = np.asarray(value)
+            if array.dtype.kind not in "biuf":
+                raise TypeError("an array of numbers is needed")
+        except (ValueError, TypeError) as error:
+            raise DataError(f"input {number}: not an array of numbers: {str(error).splitlines()[0][:200]}") from None
+        arrays.append(array.astype(np.float32))
+        if arrays[0].shape != array.shape:
+            raise DataError(f"input {number}: shape {array.shape}, but input 0 has {arrays[0].shape}")
+    return np.stack(arrays) if arrays else np.zeros((0,), np.float32)
 
 
 # --- predictor rules ----------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ A new version is the `candidate`. `promote` makes it the `champion` and the cham
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,27 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+CHAMPIONS = "labelmill.champions"
+"""Tag of a registered model: the versions that were champion, oldest first."""
+_PARENTS = "labelmill.parents"
 _REFERENCE = re.compile(r"(?P<name>[^@/:]+)(?:@(?P<alias>[^@/:]+)|/(?P<version>\d+))?")
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """A data set that the run of a model read.
+
+    Attributes:
+        context: what for (`train`, `test`).
+        digest: of its manifest.
+        parents: digests of the versions that it was made from.
+    """
+
+    context: str
+    name: str
+    digest: str
+    source: str
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,8 @@ class ModelVersion:
         aliases: names that point at this version now.
         run_id: the MLflow run that made it.
         created_ms: Unix time in milliseconds.
-        metrics: final metrics of the run (`show` alone fills them).
+        metrics: final metrics of the run; `show` and `load_version` alone fill metrics and data.
+        data: what the run read.
     """
 
     name: str
@@ -51,6 +73,12 @@ class ModelVersion:
     created_ms: int
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
+    data: tuple[DataInput, ...] = ()
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The models it was made from, as `NAME/VERSION`."""
+        return tuple(json.loads(self.tags.get(_PARENTS, "[]")))
 
     @property
     def uri(self) -> str:
@@ -72,8 +100,17 @@ class RegisteredModel:
 # --- putting in ---------------------------------------------------------------------------------------------
 
 
-def register(tracker: Tracker, model_dir: str | Path, name: str, tags: Mapping[str, str] | None = None) -> int:
+def register(
+    tracker: Tracker,
+    model_dir: str | Path,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+    parents: Sequence[str] = (),
+) -> int:
     """Logs a packaged model and registers it as a new version of `name`, which becomes the `candidate`.
+
+    `parents` are references of the registered models it was made from (a teacher, a model that was gone on with); they
+    are kept by version number.
 
     Raises TrackingError for a name the registry can't hold or a store that fails, DataError for a broken
     model.
@@ -93,12 +130,26 @@ def register(tracker: Tracker, model_dir: str | Path, name: str, tags: Mapping[s
     }
     with client_env(tracker.store) as client:
         _ensure_registered(client, name)
+        if parents:
+            own[_PARENTS] = json.dumps(_log_parents(client, tracker.run_id, parents))
         version = client.create_model_version(
             name, model.model_uri, tracker.run_id, {**own, **(tags or {})}, model_id=model.model_id
         ).version
         client.set_registered_model_alias(name, CANDIDATE, str(version))
     tracker.tags({"labelmill.model": f"{name}/{version}"})
     return int(version)
+
+
+def _log_parents(client: MlflowClient, run_id: str, parents: Sequence[str]) -> list[str]:
+    """Notes the parents as the run's model inputs, where MLflow shows them; returns them as `NAME/VERSION`."""
+    from mlflow.entities import LoggedModelInput
+
+    found = [_resolve(client, parent) for parent in parents]
+    ids = [client.get_model_version(v.name, str(v.version)).model_id for v in found]
+    models = [LoggedModelInput(model_id=model_id) for model_id in ids if model_id]
+    if models:
+        client.log_inputs(run_id, models=models)
+    return [f"{v.name}/{v.version}" for v in found]
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:
@@ -131,16 +182,23 @@ def list_models(config: TrackingConfig, output_dir: str | Path = "runs") -> list
 
 
 def show(config: TrackingConfig, output_dir: str | Path, name: str) -> list[ModelVersion]:
-    """All versions of a model, newest first, with the metrics of their runs.
+    """All versions of a model, newest first, with the metrics and data of their runs.
 
     Raises TrackingError for an unknown model.
     """
     with client_env(Store.of(config, output_dir)) as client:
         model = _model(client, name)
         return [
-            _version(v, model.aliases, _metrics(client, v.run_id))
+            _version(v, model.aliases, *_of_run(client, v.run_id))
             for v in client.search_model_versions(_named(name), order_by=["version_number DESC"])
         ]
+
+
+def load_version(client: MlflowClient, ref: str) -> ModelVersion:
+    """The version a reference means, with the metrics and data of its run. Raises TrackingError."""
+    version = _resolve(client, ref)
+    metrics, data = _of_run(client, version.run_id)
+    return replace(version, metrics=metrics, data=data)
 
 
 def resolve(config: TrackingConfig, output_dir: str | Path, ref: str) -> ModelVersion:
@@ -157,16 +215,34 @@ def promote(config: TrackingConfig, output_dir: str | Path, name: str, version_o
     wanted = str(version_or_alias)
     with client_env(Store.of(config, output_dir)) as client:
         version = _resolve(client, f"{name}/{wanted}" if wanted.isdigit() else f"{name}@{wanted}").version
-        former = _model(client, name).aliases.get(CHAMPION)
-        if former is not None and int(former) != version:
-            # first: whatever happens between the two, the old champion stays reachable
-            client.set_registered_model_alias(name, PREVIOUS, str(former))
-        client.set_registered_model_alias(name, CHAMPION, str(version))
+        crown(client, name, version)
     return str(version)
 
 
+def crown(client: MlflowClient, name: str, version: int) -> None:
+    """Moves `champion` to a version, `previous` to the champion it replaces, and writes both down."""
+    model = _model(client, name)
+    former = model.aliases.get(CHAMPION)
+    if former is not None and int(former) == version:
+        return
+    if former is not None:
+        # first: whatever happens between the two, the old champion stays reachable
+        client.set_registered_model_alias(name, PREVIOUS, str(former))
+    client.set_registered_model_alias(name, CHAMPION, str(version))
+    past = champions(model)
+    if former is not None and past[-1:] != [int(former)]:  # it was made champion by other hands
+        past.append(int(former))
+    # a tag holds 5,000 characters; nobody goes back further than this
+    client.set_registered_model_tag(name, CHAMPIONS, " ".join(map(str, [*past, version][-100:])))
+
+
+def champions(model: Any) -> list[int]:
+    """The versions that were champion, oldest first, as MLflow's entity of a registered model has them."""
+    return [int(part) for part in model.tags.get(CHAMPIONS, "").split() if part.isdigit()]
+
+
 def render_version(version: ModelVersion, console: Console) -> None:
-    """Prints a version: aliases, run, tags, metrics."""
+    """Prints a version: aliases, run, the data and the models it comes from, tags, metrics."""
     from rich.text import Text
 
     from labelmill.tracking.report import format_cell
@@ -176,7 +252,13 @@ def render_version(version: ModelVersion, console: Console) -> None:
         heading.append("  " + ", ".join(version.aliases), style="green")
     console.print(heading)
     made = datetime.fromtimestamp(version.created_ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
-    rows = {"created": made, "run": version.run_id, **version.tags}
+    rows = {"created": made, "run": version.run_id}
+    for data in version.data:
+        made_of = f", made from {', '.join(digest[:12] for digest in data.parents)}" if data.parents else ""
+        rows[f"{data.context} data"] = f"{data.name} {data.digest} ({data.source}){made_of}"
+    if version.parents:
+        rows["parent models"] = ", ".join(version.parents)
+    rows |= {key: value for key, value in version.tags.items() if key != _PARENTS}
     rows |= {name: format_cell(value) for name, value in version.metrics.items()}
     width = max(map(len, rows))
     for key, value in rows.items():
@@ -210,6 +292,10 @@ def predict(
         wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
         if "string" in kind and wrong is not None:
             raise DataError(f"input {wrong}: expected a text, got {type(values[wrong]).__name__}")
+        if "float" in kind:  # arrays
+            import numpy as np
+
+            return model.predict(np.asarray(values, np.float64), params={"k": int(k)})
         if "binary" in kind:
             values = [_read(value) for value in values]
         return model.predict(pd.DataFrame({0: values}), params={"k": int(k)})
@@ -276,18 +362,43 @@ def _resolve(client: MlflowClient, ref: str) -> ModelVersion:
     return _version(client.get_model_version(name, wanted), aliases, {})
 
 
-def _metrics(client: MlflowClient, run_id: str | None) -> dict[str, float]:
+def _of_run(client: MlflowClient, run_id: str | None) -> tuple[dict[str, float], tuple[DataInput, ...]]:
+    """Metrics and data of a run; nothing when it was deleted, for the version outlives it."""
     mlflow = import_mlflow()
     if not run_id:
-        return {}
+        return {}, ()
     try:
-        metrics = client.get_run(run_id).data.metrics
-    except mlflow.exceptions.MlflowException:  # the run was deleted; the version outlives it
-        return {}
-    return {key: value for key, value in sorted(metrics.items()) if not key.startswith("system/")}
+        run = client.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        return {}, ()
+    metrics = {key: value for key, value in sorted(run.data.metrics.items()) if not key.startswith("system/")}
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return metrics, tuple(_data_input(found) for found in inputs)
 
 
-def _version(version: Any, aliases: Mapping[str, Any], metrics: dict[str, float]) -> ModelVersion:
+def _data_input(found: Any) -> DataInput:
+    tags = {tag.key: tag.value for tag in found.tags}
+    data = found.dataset
+
+    def read(text: str | None) -> dict[str, Any]:
+        try:
+            content = json.loads(text or "{}")
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    return DataInput(
+        context=tags.get("mlflow.data.context", ""),
+        name=data.name,
+        digest=tags.get("manifest_sha256", data.digest),
+        source=str(read(data.source).get("uri", "")),
+        parents=tuple(str(digest) for digest in read(data.profile).get("parents", ())),
+    )
+
+
+def _version(
+    version: Any, aliases: Mapping[str, Any], metrics: dict[str, float], data: tuple[DataInput, ...] = ()
+) -> ModelVersion:
     number = int(version.version)
     return ModelVersion(
         name=version.name,
@@ -297,4 +408,5 @@ def _version(version: Any, aliases: Mapping[str, Any], metrics: dict[str, float]
         created_ms=int(version.creation_timestamp or 0),
         tags=dict(version.tags),
         metrics=metrics,
+        data=data,
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labelmill.data.stream import Batch
-from labelmill.heads.ranks import waiting
+from labelmill.heads.traffic import waiting
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import quiet_deepspeed
 from labelmill.training.objective import Losses, Objective

@@ -20,7 +20,7 @@ class Sink(Protocol):
     """Takes events; never blocks."""
 
     def post(self, **event: Any) -> None:
-        """Adds an event; `kind` says what it is: progress, metrics, bad, reading, note, restart, hang."""
+        """Adds an event; `kind` says what it is: progress, metrics, start, bad, reading, ranks, note, restart, hang."""
 
 
 class ListSink:

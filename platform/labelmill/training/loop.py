@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,15 @@ import torch.distributed as dist
 from labelmill.data.stream import Batch
 from labelmill.errors import DataError
 from labelmill.heads.batch import NotFiniteError
-from labelmill.heads.ranks import waited_s
+from labelmill.heads.traffic import waited_s
 from labelmill.losses.classification import SampleError
 from labelmill.training.checkpoint import Position
 from labelmill.training.config import TrainConfig
 from labelmill.training.engine import Engine
 from labelmill.training.events import Sink
+from labelmill.training.metrics import Window
 from labelmill.training.objective import Losses
+from labelmill.training.profile import StepProfiler
 from labelmill.training.pulse import STOP, Pulse
 
 PARTS = ("wait for data", "forward", "backward", "update")
@@ -37,6 +40,8 @@ def train(
     sink: Sink | None,
     checkpoint: Callable[[Position], object],
     pulse: Pulse | None = None,
+    watch: Callable[[Window], object] | None = None,
+    profiler: StepProfiler | None = None,
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended, which is earlier when the driver wishes it.
 
@@ -49,6 +54,8 @@ def train(
         sink: takes metrics; given to rank 0 only.
         checkpoint: saves at a position; collective.
         pulse: is told what this rank does, and knows what the driver wishes.
+        watch: takes every window of `log_every` steps, on every rank.
+        profiler: records some of the steps.
 
     Raises, on all ranks alike:
         NotFiniteError: a loss or an embedding was NaN or infinite in more steps than the job allows.
@@ -67,21 +74,28 @@ def train(
         clock = now
         pulse.enter(_NEXT[part])
 
+    def named(part: str) -> AbstractContextManager[None]:
+        return profiler.part(part) if profiler else nullcontext()
+
     skipped = start.skipped
     for step in range(start.step, total_steps):
         rate = config.rate(step, total_steps)
         loss, parts, norm = 0.0, dict[str, float](), math.nan
+        if profiler:
+            profiler.begin_step()
         engine.begin(rate)
         problem, wish, waited = "", 0, 0.0
         before = seconds["wait for data"] + seconds["forward"]
         pulse.enter(PARTS[0])
         for _ in range(config.accumulation):
-            batch = engine.to_device(next(batches))
+            with named("wait for data"):
+                batch = engine.to_device(next(batches))
             spent("wait for data")
             if problem:  # the rest of a step that is left out
                 continue
             began_s = waited_s()
-            losses, problem, wished = _forward(engine, batch, pulse.wish)
+            with named("forward"):
+                losses, problem, wished = _forward(engine, batch, pulse.wish)
             wish, waited = wish | wished, waited + waited_s() - began_s
             spent("forward")
             if losses is None:
@@ -89,9 +103,11 @@ def train(
             loss += float(losses.total.detach()) / config.accumulation
             for name, value in losses.parts.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach()) / config.accumulation
-            engine.backward(losses)
+            with named("backward"):
+                engine.backward(losses)
             spent("backward")
-            result = engine.step(rate)
+            with named("update"):
+                result = engine.step(rate)
             norm = norm if result is None else result
             spent("update")
         if problem:
@@ -104,6 +120,8 @@ def train(
                     f"train.max_skipped_steps is {config.max_skipped_steps}. Lower train.learning_rate, or set "
                     "train.max_grad_norm."
                 )
+        if profiler:
+            profiler.end_step()
         cursor = start.cursor + (step + 1 - start.step) * config.global_batch
         position = Position(step + 1, cursor, start.stream, skipped)
         window_steps += 1
@@ -112,8 +130,11 @@ def train(
         last = step + 1 == total_steps
         due = (step + 1) % config.log_every == 0 or last
         shown = _mean_over_ranks({"loss": loss} | parts, engine.device) if due else {}
+        elapsed = time.perf_counter() - window_start
+        if watch and due:
+            samples = window_steps * config.global_batch
+            watch(Window(step + 1, total_steps, window_steps, samples, elapsed, dict(seconds), shown))
         if sink and due:
-            elapsed = time.perf_counter() - window_start
             values = {f"train/{name}": value for name, value in shown.items()} | {"train/learning_rate": rate}
             if math.isfinite(norm):
                 values["train/grad_norm"] = norm
@@ -129,8 +150,10 @@ def train(
                 rate=values["train/samples_per_second"],
                 text=f"loss {shown['loss']:.3f}",
             )
+        if due:
             seconds = dict.fromkeys(PARTS, 0.0)
-            window_start, window_steps = time.perf_counter(), 0
+            clock = window_start = time.perf_counter()
+            window_steps = 0
         if last or wish or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
             pulse.enter("checkpoint")
             checkpoint(position)

@@ -30,8 +30,10 @@ from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine
 from labelmill.training.events import HistorySink, Sink
 from labelmill.training.initial import HeadStart
-from labelmill.training.loop import predict, train
+from labelmill.training.loop import PARTS, predict, train
+from labelmill.training.metrics import Exporter, Window
 from labelmill.training.objective import Objective
+from labelmill.training.profile import StepProfiler
 from labelmill.training.pulse import Pulse
 from labelmill.training.resume import begin
 
@@ -53,6 +55,8 @@ class FitTask:
         checkpoint_to: where checkpoints are copied to, this run's own folder or `s3://` address.
         hang_limit_s: seconds without progress in training after which a rank writes its stacks to `work/hangs`.
         attempt: which start of this training it is, counted by the driver; None when nobody else writes to `work`.
+        run: name of the run, a label of metrics.
+        profile: record a few steps of every worker into `work/profile`.
         transport: `ray` streams through Ray Data; `local` reads in the worker process.
         rows_dtype: of exported head rows.
         initial: what heads go on from in a fresh run, by name.
@@ -72,6 +76,8 @@ class FitTask:
     checkpoint_to: str | None = None
     hang_limit_s: float | None = None
     attempt: int | None = None
+    run: str = ""
+    profile: bool = False
     transport: Literal["ray", "local"] = "ray"
     rows_dtype: torch.dtype = torch.float32
     initial: Mapping[str, HeadStart] = field(default_factory=dict)
@@ -117,6 +123,8 @@ def _work(task: FitTask, rank: int, world: int, sink: Sink, pulse: Pulse) -> dic
     pulse.enter("restore", watched=False)
     engine, position = begin(task, device, copies, progress, note, lap)
     objective = engine.objective
+    if rank == 0:
+        sink.post(kind="start", step=position.step, total=task.total_steps, world=world)
     streams = open_streams(task, rank, world)
     if task.train and position.step < task.total_steps:
         position = _train(task, engine, position, streams, rank, world, sink, pulse, copies)
@@ -160,7 +168,8 @@ def _train(
         stop=task.total_steps * config.global_batch,
     )
     pulse.begin(position.step)
-    stream = open_stream(spec, streams, engine.objective, rank, world, sink, task.augment, task.threads)
+    exporter = Exporter(task.run, task.work.name, rank, world) if task.transport == "ray" else None
+    stream = open_stream(spec, streams, engine.objective, rank, world, sink, task.augment, task.threads, exporter)
     batches = iter(stream)
     saver = Checkpointer(
         task.work / "checkpoints",
@@ -172,6 +181,18 @@ def _train(
         lambda text: sink.post(kind="note", text=text),
     )
     save = Saving(saver, engine, config.max_failed_checkpoints, sink if rank == 0 else None)
+    profiler = StepProfiler(task.work / "profile", rank, task.total_steps - position.step) if task.profile else None
+
+    def checkpoint(at: Position) -> None:
+        began = time.perf_counter()
+        save(at)
+        if exporter:
+            exporter.checkpoint(at.step, time.perf_counter() - began)
+
+    def watch(seen: Window) -> None:
+        assert exporter is not None
+        exporter.window(seen, engine.objective.heads, PARTS[0], stream.stats.retries.total())
+
     patience_s = 5.0
     try:
         position = train(
@@ -181,8 +202,10 @@ def _train(
             position,
             task.total_steps,
             HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
-            save,
+            checkpoint,
             pulse,
+            watch if exporter else None,
+            profiler,
         )
         pulse.enter("checkpoint", watched=False)
         save.finish()
@@ -190,6 +213,8 @@ def _train(
             patience_s = 120.0
     finally:
         saver.close(patience_s)
+        if profiler:
+            profiler.close()
     batches.close()
     _post_reading(stream, rank, sink)
     return position
@@ -213,11 +238,14 @@ def open_stream(
     sink: Sink,
     augment: bool = False,
     threads: int = 1,
+    exporter: Exporter | None = None,
 ) -> RankStream:
     """This rank's batches of a stream. Every rank opens the same streams in the same order."""
     source: BatchSource = LocalSource(spec, rank, world) if streams is None else streams.open(spec)
 
     def on_bad(bad: list[tuple[str, str]]) -> None:
+        if exporter:
+            exporter.bad(len(bad))
         sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
     return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)

@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from labelmill.planning.estimate import Estimate
     from labelmill.tracking.report import Report
 
-__all__ = ["card", "check", "plan", "plan_table", "predict", "promote", "resolved", "run", "schema", "workload_names"]
+__all__ = [
+    "card",
+    "check",
+    "plan",
+    "plan_table",
+    "predict",
+    "promote",
+    "resolved",
+    "run",
+    "schema",
+    "tune",
+    "workload_names",
+]
 
 
 def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -48,6 +60,24 @@ def run(
     from labelmill.run import execute
 
     return execute(job, method.run, fresh=fresh, console=console)
+
+
+def tune(
+    job_file: str | Path,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Searches over settings as the job's `search` section says; an interrupted search continues unless `fresh`.
+
+    Raises UserError kinds for what the caller can mend.
+    """
+    from labelmill.cluster import set_environment
+
+    set_environment()
+    from labelmill.tuning.search import run_search
+
+    return run_search(job_file, list(overrides), fresh=fresh, console=console)
 
 
 def schema(workload: str) -> dict[str, Any]:

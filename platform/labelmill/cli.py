@@ -22,6 +22,7 @@ from rich.table import Table
 from labelmill import __version__
 from labelmill.cli_data import data_app
 from labelmill.cli_head import head_app
+from labelmill.cli_tune import tune
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ models_app = typer.Typer(help="Registered models: list, show, promote, predict."
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(head_app, name="head")
+app.command()(tune)
 
 console = Console()
 

@@ -30,6 +30,7 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.spec import AnySpec
 from labelmill.errors import UserError
 from labelmill.heads.index import IndexConfig, build_index
+from labelmill.host import Host
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
@@ -41,16 +42,24 @@ from labelmill.training.config import TrainConfig
 log = logging.getLogger("labelmill")
 
 
+class _TrainsHere(Exception):
+    """A stage in a shared folder wants to train."""
+
+
 class Run:
     """The context a method's function works in. Opened by `open_run`."""
 
-    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView) -> None:
-        self.job, self.folder, self.tracker, self.progress = job, folder, tracker, progress
+    def __init__(
+        self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView, host: Host | None = None
+    ) -> None:
+        self.job, self.folder, self.tracker, self.progress, self.host = job, folder, tracker, progress, host
         meta = {"workload": job.workload, "seed": str(job.seed), **code_version()}
         self.report = Report(title=job.name, meta=meta, root=folder / "report")
         self.stages: list[Stage] = []
         self._resources = contextlib.ExitStack()
-        self._connected = False
+        # a host has connected, and knows that its runs fit
+        self._connected = host is not None
+        self._trained: set[str] = set()  # keys of stages that training went into
 
     # --- stages ------------------------------------------------------------------------------------------
 
@@ -62,6 +71,25 @@ class Run:
         """
         key = stage_key(name, function, inputs)
         folder = self.folder / "stages" / f"{name}-{key}"
+        shared = self.host.shared_stages if self.host else None
+        if any(isinstance(value, Stage) and value.key in self._trained for value in inputs.values()) or folder.is_dir():
+            self._trained.add(key)
+            shared = None
+        if shared is None:
+            done = self._stage(name, key, folder, function, inputs)
+        else:
+            try:
+                done = self._shared_stage(name, key, shared / folder.name, function, inputs)
+            except _TrainsHere:
+                self._trained.add(key)
+                done = self._stage(name, key, folder, function, inputs)
+        self.stages.append(done)
+        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, None)])
+        return done
+
+    def _stage(
+        self, name: str, key: str, folder: Path, function: Callable[..., Mapping[str, Any]], inputs: Mapping[str, Any]
+    ) -> Stage:
         marker = folder / "stage.json"
         if marker.is_file():
             kept = json.loads(marker.read_text(encoding="utf-8"))
@@ -73,10 +101,24 @@ class Run:
                 values = dict(function(self, folder, **inputs))
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
             write_json(marker, kept)
-        done = Stage(name, key, folder, kept["values"], kept["seconds"])
-        self.stages.append(done)
-        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, None)])
-        return done
+        return Stage(name, key, folder, kept["values"], kept["seconds"])
+
+    def _shared_stage(
+        self, name: str, key: str, folder: Path, function: Callable[..., Mapping[str, Any]], inputs: Mapping[str, Any]
+    ) -> Stage:
+        """A stage in a folder that runs of a host share, one of them at a time.
+
+        Raises _TrainsHere when it is one that trains: the weights of a run may have come from another run, so its key
+        doesn't tell what is in it.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                return self._stage(name, key, folder, function, inputs)
+            except _TrainsHere:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     # --- verbs -------------------------------------------------------------------------------------------
 
@@ -97,11 +139,20 @@ class Run:
         predict: Mapping[str, AnySpec] | None = None,
         augment: bool = False,
         seed: int | None = None,
+        evaluate: AnySpec | None = None,
     ) -> Fitted:
-        """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`."""
+        """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`.
+
+        `evaluate` is a stream of held-out samples for `train.evaluate_every`.
+        """
         from labelmill.training.fit import fit
         from labelmill.training.worker import FitTask
 
+        host = self.host
+        if host and host.shared_stages and folder.parent == host.shared_stages:
+            raise _TrainsHere
+        if host:
+            host.before_fit(self, folder)
         self.connect()
         cluster = self.job.cluster
         task = FitTask(
@@ -109,6 +160,7 @@ class Run:
             config,
             train,
             predict=dict(predict or {}),
+            evaluate=evaluate,
             work=folder.resolve(),
             seed=self.job.seed if seed is None else seed,
             augment=augment,
@@ -121,7 +173,8 @@ class Run:
         for record in Fitted(folder).history:
             values = {name: value for name, value in record.items() if name not in ("step", "time")}
             self._track(int(record["step"]), record["time"], values)
-        seconds = fit(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
+        train_on = host.fit if host and host.fit else fit
+        seconds = train_on(task, cluster, self.job.name, lambda event: self._on_event(folder, event))
         return Fitted(folder, seconds)
 
     def embed(
@@ -192,6 +245,8 @@ class Run:
                     out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
                 for reason, times in event["retries"].items():
                     log.warning("data set %s: %d storage request(s) tried again: %s", event["data"], times, reason)
+        if self.host:
+            self.host.on_event(folder, event)
 
     def report_data_health(self, *fits: Fitted) -> None:
         """Adds to the report what reading met: every hole by key, damaged shards by offset, requests tried again."""
@@ -289,35 +344,46 @@ def _link(source: Path, target: Path) -> None:
 def job_digest(job: Job) -> str:
     """Identity of a job's content, without where it runs and reports to."""
     content = resolved(job)
-    for section in ("cluster", "tracking", "output"):
+    for section in ("cluster", "tracking", "output", "search"):
         content.pop(section, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Keeps other processes out of a folder. Raises UserError when one is in it for longer than `patience_s`."""
+    until = time.monotonic() + patience_s
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is running this job. Wait for it, or give this run another name "
-                "(--set name=...)."
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"{folder}: another process is running this job. Wait for it, or give this run another name "
+                    "(--set name=...)."
+                ) from None
         yield
 
 
 def execute(
-    job: Job, function: Callable[[Any, Run], None], fresh: bool = False, console: Console | None = None
+    job: Job,
+    function: Callable[[Any, Run], None],
+    fresh: bool = False,
+    console: Console | None = None,
+    host: Host | None = None,
 ) -> Report:
-    """Runs a job to its report, continuing what an earlier call left unfinished.
+    """Runs a job to its report, continuing what an earlier call left unfinished; `host` when it is part of a search.
 
     The order of checks: tracking answers, then data (the method loads its manifests), then the cluster.
     """
     console = console or Console()
-    folder = Path(job.output) / job.name
+    folder = host.folder if host else Path(job.output) / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, host.patience_s if host else 0.0):
         if fresh:
             for name in ("stages", "report"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -337,7 +403,8 @@ def execute(
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:
-            return _execute(job, function, folder, state if same else {}, console)
+            # a part of a search stays one MLflow run, also when its settings change
+            return _execute(job, function, folder, state if same or host else {}, console, host)
         except UserError:
             raise
         except Exception as error:
@@ -350,15 +417,26 @@ def execute(
 
 
 def _execute(
-    job: Job, function: Callable[[Any, Run], None], folder: Path, state: dict[str, Any], console: Console
+    job: Job,
+    function: Callable[[Any, Run], None],
+    folder: Path,
+    state: dict[str, Any],
+    console: Console,
+    host: Host | None,
 ) -> Report:
     with Tracker.open(
-        job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run"), run_dir=folder
+        job.tracking,
+        job.output,
+        run_name=job.name,
+        run_id=state.get("mlflow_run"),
+        tags=host.tags if host else None,
+        parent_run_id=host.parent_run_id if host else None,
+        run_dir=folder,
     ) as tracker:
         state = {"mlflow_run": tracker.run_id, "job": job_digest(job)}
         write_json(folder / "run.json", state | {"status": "running"})
         with ProgressView(console) as progress:
-            run = Run(job, folder, tracker, progress)
+            run = Run(job, folder, tracker, progress, host)
             try:
                 tracker.config(resolved(job))
                 tracker.params(resolved(job))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +122,11 @@ class Classifier(Objective):
         return (loss_B * batch.weight_B).sum() * ranks.world / total
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        _, ids_BK = self.head.topk(self.encoder(batch.inputs["sample"]), 1)
+        return {"top1": (batch.labels.ids_BP == ids_BK).any(1)}
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         scores_BK, ids_BK = self.head.topk(self.encoder(batch.inputs["sample"]), self.k)
         return {"class_id": ids_BK, "score": scores_BK, "label": batch.labels.ids_BP}
@@ -141,6 +146,8 @@ class PartialFCJob(TrainJob):
     augment: bool = Field(True, description="the encoder's training augmentation, if it has one")
     eval_batch: int = Field(1024, ge=1)
     index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"align"})
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
@@ -191,6 +198,7 @@ def fit_classifier(
             if manifest
         },
         augment=augment,
+        evaluate=data.stream(dev or test, global_batch=eval_batch, **options),
     )
     return {"seconds": fitted.seconds}
 
@@ -206,7 +214,11 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
     return matrix("class_id"), matrix("score"), matrix("label")
 
 
-@workload("discrimination.partial_fc", PartialFCJob)
+CLASSIFIER_METRICS = ("test/top1", "test/top5", "train/final_loss", "train/samples_per_second")
+CLASSIFIER_TRAINING_METRICS = ("train/head_loss", "train/align_loss", "eval/top1")
+
+
+@workload("discrimination.partial_fc", PartialFCJob, CLASSIFIER_METRICS, CLASSIFIER_TRAINING_METRICS)
 def partial_fc(job: PartialFCJob, run: Run) -> None:
     train, test = job.data.open()
     run.track_data(train=train, test=test)

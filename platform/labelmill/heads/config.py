@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,10 @@ class HeadConfig(StrictModel):
     )
     matmul: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 rounds what is multiplied; products are added up in float32 (needs such hardware)"
+    )
+
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "margin", "scale", "sample_rate", "importance", "lr_multiplier"}
     )
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ class Sink(Protocol):
     """Takes events; never blocks."""
 
     def post(self, **event: Any) -> None:
-        """Adds an event; `kind` says what it is: progress, metrics, bad, timing, note."""
+        """Adds an event; `kind` says what it is: progress, metrics, checkpoint, bad, reading."""
 
 
 class ListSink:
@@ -29,6 +30,16 @@ class ListSink:
 
     def post(self, **event: Any) -> None:
         self.events.append({"time": time.time(), **event})
+
+
+class CallSink:
+    """Hands events to a function of this process."""
+
+    def __init__(self, take: Callable[[Event], None]) -> None:
+        self._take = take
+
+    def post(self, **event: Any) -> None:
+        self._take({"time": time.time(), **event})
 
 
 class Mailbox:

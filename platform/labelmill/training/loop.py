@@ -33,6 +33,7 @@ def train(
     total_steps: int,
     sink: Sink | None,
     checkpoint: Callable[[Position], object],
+    evaluation: Callable[[], dict[str, float]] | None = None,
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended.
 
@@ -44,6 +45,7 @@ def train(
         total_steps: of the whole run; the schedule is laid over them.
         sink: takes metrics; given to rank 0 only.
         checkpoint: saves at a position; collective.
+        evaluation: gives metrics on held-out samples every `config.evaluate_every` steps; collective.
     """
     engine.objective.train()
     position = start
@@ -93,18 +95,20 @@ def train(
         window_steps += 1
 
         last = step + 1 == total_steps
-        due = (step + 1) % config.log_every == 0 or last
+        evaluates = evaluation is not None and ((step + 1) % config.evaluate_every == 0 or last)
+        due = (step + 1) % config.log_every == 0 or last or evaluates
         shown = _mean_over_ranks({"loss": loss} | parts, engine.device) if due else {}
+        elapsed = time.perf_counter() - window_start
+        judged = evaluation() if evaluation and evaluates else {}
         if sink and due:
-            elapsed = time.perf_counter() - window_start
             values = {f"train/{name}": value for name, value in shown.items()} | {"train/learning_rate": rate}
             if math.isfinite(norm):
                 values["train/grad_norm"] = norm
             values["train/samples_per_second"] = window_steps * config.global_batch / elapsed
             if skipped:
                 values["train/skipped_steps"] = skipped
-            values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()}
-            sink.post(kind="metrics", step=step + 1, values=values)
+            values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()} | judged
+            sink.post(kind="metrics", step=step + 1, total=total_steps, values=values)
             sink.post(
                 kind="progress",
                 done=step + 1,
@@ -114,6 +118,7 @@ def train(
             )
             seconds = dict.fromkeys(PARTS, 0.0)
             window_start, window_steps = time.perf_counter(), 0
+            clock = window_start
         if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
             checkpoint(position)
             clock = time.perf_counter()
@@ -136,6 +141,28 @@ def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str
     packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
+    """Means of the objective's `evaluate` over a stream, as `eval/<name>`; holes and padding don't count. Collective."""
+    modules = list(engine.objective.children())
+    # not the objective itself: the training stream's threads, which read ahead, ask it whether it trains
+    for module in modules:
+        module.eval()
+    sums: dict[str, float] = {}
+    weight = 0.0
+    for batch in batches:
+        batch = engine.to_device(batch)
+        kept_B = (batch.weight_B > 0).double()
+        weight += float(kept_B.sum())
+        for name, value_B in engine.objective.evaluate(batch).items():
+            sums[name] = sums.get(name, 0.0) + float((value_B.double() * kept_B).sum())
+    for module in modules:
+        module.train()
+    means = _mean_over_ranks(sums | {"": weight}, engine.device)
+    total = means.pop("")
+    return {f"eval/{name}": value / total for name, value in means.items()} if total else {}
 
 
 @torch.no_grad()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 from labelmill.data.source import BatchSource, LocalSource, Streams
 from labelmill.data.spec import AnySpec
-from labelmill.data.stream import RankStream
+from labelmill.data.stream import Batch, RankStream
 from labelmill.errors import DataError
 from labelmill.training.checkpoint import (
     Checkpointer,
@@ -37,7 +38,7 @@ from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.events import HistorySink, Sink
-from labelmill.training.loop import predict, train
+from labelmill.training.loop import evaluate, predict, train
 from labelmill.training.objective import Objective, Progress
 
 
@@ -49,6 +50,7 @@ class FitTask:
         objective: builds the objective; called on every rank with torch's seed set to `seed`.
         config: the job's `train` section.
         train: the training stream (its batch size and end are set from `config`); None only predicts.
+        evaluate: held-out samples that training is judged by every `config.evaluate_every` steps.
         predict: streams whose samples go through the objective's `predict` when training is done.
         work: folder of checkpoints, `export/` and `predictions/`.
         seed: of weights, order and sampled classes.
@@ -62,6 +64,7 @@ class FitTask:
     config: TrainConfig
     train: AnySpec | None
     predict: dict[str, AnySpec] = field(default_factory=dict)
+    evaluate: AnySpec | None = None
     work: Path = Path(".")
     seed: int = 0
     augment: bool = False
@@ -127,6 +130,17 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
             config.checkpoint_async,
             int(config.checkpoint_memory_mb * 2**20),
         )
+
+        def save(at: Position) -> None:
+            place = saver.save(engine, at)
+            if rank == 0:
+                # in the background it is there only once every rank has written its part
+                sink.post(kind="checkpoint", step=at.step, total=task.total_steps, path=str(place))
+
+        def evaluation() -> dict[str, float]:
+            assert task.evaluate is not None
+            return evaluate(engine, _held_out(task, task.evaluate, streams, objective, rank, world, sink))
+
         try:
             position = train(
                 engine,
@@ -135,7 +149,8 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
                 position,
                 task.total_steps,
                 HistorySink(task.work / "history.jsonl", sink) if rank == 0 else None,
-                lambda at: saver.save(engine, at),
+                save,
+                evaluation if task.evaluate and config.evaluate_every else None,
             )
             saver.finish()
         finally:
@@ -198,6 +213,18 @@ def open_stream(
         sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
     return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)
+
+
+def _held_out(
+    task: FitTask, spec: AnySpec, streams: Streams | None, objective: Objective, rank: int, world: int, sink: Sink
+) -> Iterator[Batch]:
+    """The first `evaluate_samples` samples of the held-out stream."""
+    # it prepares as evaluation does while the threads of the training stream go on as they are
+    twin = copy.copy(objective)
+    twin.training = False
+    stop = min(spec.end, spec.start + task.config.evaluate_samples)
+    stream = open_stream(replace(spec, stop=stop), streams, twin, rank, world, sink, threads=task.threads)
+    yield from stream
 
 
 def _post_reading(stream: RankStream, rank: int, sink: Sink) -> None:

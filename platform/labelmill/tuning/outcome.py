@@ -82,6 +82,9 @@ def best_of(records: Sequence[Record], search: SearchConfig) -> Record | None:
 
 
 def _shown(value: Any) -> Any:
+    """A setting as a cell: sections by their values, as `cosface 0.1`."""
+    if isinstance(value, Mapping):
+        return " ".join(str(_shown(part)) for part in value.values())
     return value if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
 
 
@@ -167,7 +170,7 @@ def _report_best(report: Report, folder: SearchFolder, job: Job, best: Record) -
     raw = with_values(folder.state["raw"], {**best.values, "name": f"{job.name}-best"})
     text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     path.write_text(f"# The best trial of the search {job.name}: {best.name}.\n{text}", encoding="utf-8")
-    rows = [[path, _shown(value)] for path, value in best.values.items()]
+    rows = [[path, json.dumps(value)] for path, value in best.values.items()]
     report.add_table("best settings", ["field", "value"], rows)
     report.notes.append(f"The best settings are a job: labelmill run {path}")
     if any(part["from"] and part["from"]["trial"] != best.name for part in best.settings):

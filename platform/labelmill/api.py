@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labelmill.job import Job, TrackingConfig, resolved
+from labelmill.job import Job, TrackingConfig, read_job_file, resolved
 from labelmill.workload import card, find_workload, load_job, workload_names
 
 if TYPE_CHECKING:
@@ -39,8 +39,13 @@ __all__ = [
 
 
 def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """The validated job. Raises JobError that names every wrong field."""
-    return load_job(job_file, list(overrides))[1]
+    """The validated job, its search section included. Raises JobError that names every wrong field."""
+    method, job = load_job(job_file, list(overrides))
+    if job.search is not None:
+        from labelmill.tuning.check import check_search
+
+        check_search(job, read_job_file(job_file, list(overrides)), method, str(job_file))
+    return job
 
 
 def run(

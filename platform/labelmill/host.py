@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from labelmill.run import Run
+from typing import Any
 
 Fit = Callable[..., dict[str, float]]
 
@@ -33,6 +30,6 @@ class Host:
     tags: Mapping[str, str] = field(default_factory=dict)
     fit: Fit | None = None
     shared_stages: Path | None = None
-    before_fit: Callable[[Run, Path], None] = lambda run, folder: None
+    before_fit: Callable[[Any, Path], None] = lambda run, folder: None
     on_event: Callable[[Path, dict[str, Any]], None] = lambda folder, event: None
     patience_s: float = 0.0

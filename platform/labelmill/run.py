@@ -112,12 +112,16 @@ class Run:
         doesn't tell what is in it.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
+        trains = folder.with_name(f".{name}.trains")
+        if trains.is_file():
+            raise _TrainsHere
         with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 return self._stage(name, key, folder, function, inputs)
             except _TrainsHere:
                 shutil.rmtree(folder, ignore_errors=True)
+                trains.touch()
                 raise
 
     # --- verbs -------------------------------------------------------------------------------------------

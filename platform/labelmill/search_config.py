@@ -137,7 +137,10 @@ class OptunaSearch(StrictModel):
 
 
 class BohbSearch(StrictModel):
-    """BOHB (Falkner et al., ICML 2018): HyperBand whose settings come from a multivariate Parzen estimator."""
+    """BOHB (Falkner et al., ICML 2018): HyperBand whose settings come from a multivariate Parzen estimator.
+
+    The estimator is Optuna's: HpBandSter, the authors' package, has had no release for years.
+    """
 
     kind: Literal["bohb"] = "bohb"
     startup: int = Field(6, ge=1, description="random trials before the model proposes")
@@ -181,6 +184,10 @@ class Pbt(StrictModel):
         0.25, ge=0, le=1, description="chance that a setting is drawn anew instead of changed a bit"
     )
     factors: tuple[float, float] = Field((1.2, 0.8), description="numbers are multiplied by one of them")
+    synchronous: bool = Field(
+        False,
+        description="all wait for each other at every comparison: the same result whatever the timing, but slower",
+    )
 
 
 Scheduler = Annotated[

@@ -25,21 +25,21 @@ class Follow(tune.Callback):
     def __init__(self, root: str) -> None:
         self._root = root
         self._last_line = self._last_sweep = 0.0
-        self._numbers: dict[str, int] = {}
         self._failed: set[str] = set()
 
     @property
     def _folder(self) -> SearchFolder:
         return SearchFolder(Path(self._root))
 
-    def _say(self, trial: Any, text: str) -> None:
-        number = self._numbers.setdefault(trial.trial_id, len(self._numbers) + 1)
+    def _say(self, trials: list[Any], trial: Any, text: str) -> None:
+        number = trials.index(trial) + 1
         if console is not None:
             console.print(f"trial {number}: {text}", highlight=False, soft_wrap=True, markup=False)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts, or goes on."""
-        self._say(trial, "starts" if trial.trial_id not in self._numbers else "goes on")
+        before = (self._folder.trial(trial.trial_id) / "settings.jsonl").is_file()
+        self._say(trials, trial, "goes on" if before else "starts")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -47,22 +47,22 @@ class Follow(tune.Callback):
         """A trial told its metric."""
         if time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(trial, f"step {result['step']:,}: {result['value']:.4g}")
+            self._say(trials, trial, f"step {result['step']:,}: {result['value']:.4g}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has ended, or was stopped."""
         record = read_record(self._folder.trial(trial.trial_id))
         if record.status == "finished":
-            self._say(trial, f"finished: {record.value:.4g} after {record.step:,} steps")
+            self._say(trials, trial, f"finished: {record.value:.4g} after {record.step:,} steps")
         else:
-            self._say(trial, f"stopped at step {record.step:,}")
+            self._say(trials, trial, f"stopped at step {record.step:,}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
         folder = self._folder
         outcome = read_record(folder.trial(trial.trial_id)).outcome
         reason = outcome.get("error", "its process died; see the trial's folder")
-        self._say(trial, f"failed: {reason}")
+        self._say(trials, trial, f"failed: {reason}")
         self._failed.add(trial.trial_id)
         limit = int(folder.state["max_failed"])
         if outcome.get("fatal"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def conclude(
 
 
 def read_records(folder: SearchFolder, statuses: Mapping[str, str]) -> list[Record]:
-    """Trials in the order they began."""
+    """Trials in Tune's order, which is the order in which they were proposed."""
     records = []
     for name, status in statuses.items():
         record = read_record(folder.trial(name))
@@ -68,7 +69,7 @@ def read_records(folder: SearchFolder, statuses: Mapping[str, str]) -> list[Reco
             record.status = "failed" if status == "ERROR" else "stopped"
         if record.settings:
             records.append(record)
-    return sorted(records, key=lambda record: record.began)
+    return records
 
 
 def best_of(records: Sequence[Record], search: SearchConfig) -> Record | None:
@@ -203,6 +204,11 @@ def _close_runs(folder: SearchFolder, tracker: Tracker, records: Sequence[Record
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException), client_env(tracker.store) as client:
+        for left in set(folder.trial("").glob("*")) - {folder.trial(record.name) for record in records}:
+            # a trial that Tune forgot, since it began in the second before a crash
+            if run_id := read_json(left / "run.json").get("mlflow_run"):
+                client.set_terminated(run_id, "KILLED")
+            shutil.rmtree(left, ignore_errors=True)
         for record in records:
             run_id = read_json(folder.trial(record.name) / "run.json").get("mlflow_run")
             if run_id is None:

@@ -46,12 +46,13 @@ def scheduler(search: SearchConfig, steps: int | None) -> Any:
                 resample_probability=kind.resample,
                 perturbation_factors=kind.factors,
                 log_config=False,
+                synch=kind.synchronous,
             )
     return schedulers.FIFOScheduler()
 
 
 def searcher(search: SearchConfig) -> Any:
-    """The search algorithm; None where Tune draws from the space itself.
+    """The search algorithm.
 
     Raises JobError when its package isn't installed.
     """
@@ -59,44 +60,23 @@ def searcher(search: SearchConfig) -> Any:
 
     kind = search.searcher
     if not isinstance(kind, OptunaSearch | BohbSearch):
-        # PBT takes no search algorithm at all; its draws follow the global seed
-        return None if isinstance(search.scheduler, Pbt) else BasicVariantGenerator(random_state=search.seed)
+        return BasicVariantGenerator(random_state=search.seed)
     try:
         import optuna
     except ImportError:
         raise JobError(
             f"search.searcher: {kind.kind} needs the package optuna; `pip install 'labelmill[search]'` brings it."
         ) from None
-    from ray.tune.search.optuna import OptunaSearch as RayOptuna
+    from labelmill.tuning.parzen import Parzen
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(
         n_startup_trials=kind.startup,
-        multivariate=kind.kind == "bohb" or kind.multivariate,
+        multivariate=isinstance(kind, BohbSearch) or kind.multivariate,
         constant_liar=True,  # trials that run at once are not to be the same
         seed=search.seed,
-        warn_independent_sampling=False,
     )
-    if isinstance(kind, OptunaSearch):
-        return RayOptuna(sampler=sampler)
-    return _bohb(RayOptuna)(sampler=sampler)
-
-
-def _bohb(base: type) -> type:
-    """Optuna's Parzen estimator as the model of BOHB.
-
-    It ranks unfinished trials by their value at the largest budget they reached, as BOHB does. HpBandSter, the authors'
-    package, has had no release since 2018.
-    """
-
-    class Bohb(base):  # type: ignore[misc]
-        def on_pause(self, trial_id: str) -> None:
-            """A trial waits for the others of its bracket; proposals don't depend on it."""
-
-        def on_unpause(self, trial_id: str) -> None:
-            """It goes on."""
-
-    return Bohb
+    return Parzen(sampler=sampler)
 
 
 def param_space(search: SearchConfig) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def run_search(
     """
     console = console or Console()
     method, job = load_job(job_file, list(overrides))
-    raw = read_job_file(job_file, list(overrides))
+    raw = _without_secrets(read_job_file(job_file, list(overrides)))
     check_search(job, raw, method, str(job_file))
     root = Path(job.output) / job.name / "search"
     root.mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,18 @@ def _session(job: Job, in_process: bool, folder: SearchFolder) -> Iterator[None]
             ray.kill(board)
 
 
+def _without_secrets(raw: dict[str, Any]) -> dict[str, Any]:
+    """The job with secrets that stand in it moved to the environment: the search keeps the job in a file."""
+    section = raw.get("tracking") or {}
+    for field in ("username", "password", "token"):
+        value = section.get(field)
+        if isinstance(value, str) and not value.startswith("${env:"):
+            name = f"LABELMILL_TRACKING_{field.upper()}"
+            os.environ[name] = value
+            section[field] = f"${{env:{name}}}"
+    return raw
+
+
 def _secrets(raw: Mapping[str, Any]) -> dict[str, str]:
     """Environment variables that the job names, and those of MLflow."""
     named = set(re.findall(r"\$\{env:([A-Za-z_]\w*)\}", json.dumps(raw, default=str)))
@@ -223,7 +237,10 @@ def _tune(folder: SearchFolder, job: Job, in_process: bool, again: bool, console
                 callbacks=[follow.Follow(str(folder.root))],
             ),
         )
-    results = tuner.fit()
+    random.seed(search.seed)  # PBT draws from it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = tuner.fit()
     return {trial.trial_id: trial.status for trial in results._experiment_analysis.trials}
 
 

@@ -30,6 +30,9 @@ from labelmill.stages import write_json
 from labelmill.tuning.space import with_values
 from labelmill.workload import Workload, find_workload
 
+FINAL = "final"
+"""Key of a trial's last result to Tune, told when its run has ended."""
+
 
 @dataclass(frozen=True)
 class SearchFolder:

@@ -22,7 +22,7 @@ from labelmill.host import Host
 from labelmill.job import Job
 from labelmill.tuning.pointer import Pointer, keep, place
 from labelmill.tuning.space import values_of
-from labelmill.tuning.state import Record, SearchFolder, append_line, read_record, write_outcome
+from labelmill.tuning.state import FINAL, Record, SearchFolder, append_line, read_record, write_outcome
 
 if TYPE_CHECKING:
     from labelmill.run import Run
@@ -98,7 +98,8 @@ class Watch:
             self._stage_file.write_text(stage, encoding="utf-8")
         if self.pointer is not None and stage == self.pointer.stage:
             place(self.pointer, folder / "checkpoints")
-            (folder / "history.jsonl").unlink(missing_ok=True)
+            if self.pointer.trial != self.name:
+                (folder / "history.jsonl").unlink(missing_ok=True)
         values = self.known.values
         numbers = {path: v for path, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         step = self.pointer.step if self.pointer else 0
@@ -158,7 +159,7 @@ class Watch:
             raise ValueError(f"{self.search.metric} is {value}")
         write_outcome(self.own, status="finished", value=value, step=self.step, seconds=seconds)
         # done: it is neither compared nor paused any more
-        tune.report({"value": value, "step": self.step, **self._budget(self.step), "done": True})
+        tune.report({"value": value, "step": self.step, **self._budget(self.step), FINAL: True, "done": True})
 
 
 def run_trial(drawn: Mapping[str, Any], root: str) -> None:
@@ -220,5 +221,6 @@ def _enter(folder: SearchFolder) -> None:
     if Path(folder.state["cwd"]).is_dir():
         os.chdir(folder.state["cwd"])
     board = ray.get_actor(folder.state["board"])
-    for name, value in ray.get(board.environment.remote()).items():
+    environment: Any = ray.get(board.environment.remote())
+    for name, value in environment.items():
         os.environ.setdefault(name, value)

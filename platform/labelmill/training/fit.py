@@ -13,6 +13,7 @@ from labelmill.errors import ClusterError, user_error_in
 from labelmill.job import ClusterConfig
 from labelmill.training.device import backend
 from labelmill.training.events import Event, Mailbox, RaySink
+from labelmill.training.groups import end_group, this_group
 from labelmill.training.worker import FitTask, run_worker
 
 _POLL_S = 0.3
@@ -23,6 +24,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     began = time.time()
     sink = RaySink(config["mailbox"])
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        sink.post(kind="group", **this_group())
     timing = run_worker(config["task"], rank, world, sink)
     return {"started": began, "timing": timing, "ended": time.time()}
 
@@ -69,15 +72,26 @@ def fit(task: FitTask, cluster: ClusterConfig, name: str, on_event: Callable[[Ev
         except BaseException as error:
             outcome["error"] = error
 
+    group: dict[str, Any] = {"group": ""}
+
+    def take(events: list[Event]) -> None:
+        for event in events:
+            if event["kind"] == "group":
+                group.update(group=event["group"], controller=event.pop("controller"))
+            on_event(event)
+
     began = time.time()
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        for event in ray.get(mailbox.drain.remote()):
-            on_event(event)
-    for event in ray.get(mailbox.drain.remote()):
-        on_event(event)
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            take(ray.get(mailbox.drain.remote()))
+    except BaseException:
+        # the driver is to stop: a trial that isn't to go on, Ctrl-C
+        end_group(**group)
+        raise
+    take(ray.get(mailbox.drain.remote()))
     if error := outcome.get("error"):
         raise user_error_in(error) or error
     result = outcome["result"]

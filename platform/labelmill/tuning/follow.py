@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.console import Console
 
+from labelmill.training.groups import end_group
 from labelmill.tuning.pointer import Pointer, sweep
 from labelmill.tuning.state import SearchFolder, read_record
 
@@ -77,12 +79,21 @@ class Follow(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune has done a round."""
-        folder = self._folder
-        if time.monotonic() - self._last_sweep < _SWEEP_EVERY_S or not folder.kept.is_dir():
+        if time.monotonic() - self._last_sweep < _SWEEP_EVERY_S:
             return
         self._last_sweep = time.monotonic()
+        folder = self._folder
+        end_groups(folder, {trial.trial_id for trial in trials if trial.status in ("RUNNING", "PENDING")})
         pointers = [Pointer.load(t.checkpoint.path) for t in trials if t.checkpoint is not None and not t.is_finished()]
         sweep(folder.kept, {pointer.path for pointer in pointers if pointer is not None})
+
+
+def end_groups(folder: SearchFolder, running: Collection[str] = ()) -> None:
+    """Ends the workers of trials whose process is gone; one that ends by itself has ended them."""
+    for file in folder.trial("").glob("*/group"):
+        if file.parent.name not in running:
+            end_group(file.read_text(encoding="utf-8"))
+            file.unlink(missing_ok=True)
 
 
 class StopOnFile(tune.Stopper):

@@ -63,7 +63,7 @@ def keep(checkpoint: Path, trial: str, stage: str, step: int, kept: Path) -> Poi
 def place(pointer: Pointer, checkpoints: Path) -> None:
     """Makes the pointer's checkpoint the only one of a training that has not begun or is to go on from there."""
     shutil.rmtree(checkpoints, ignore_errors=True)
-    link_folder(Path(pointer.path), checkpoints / f"step-{pointer.step:08d}")
+    link_folder(Path(pointer.path), checkpoints / Path(pointer.path).name)
 
 
 def sweep(kept: Path, needed: set[str]) -> None:

@@ -51,8 +51,8 @@ def scheduler(search: SearchConfig, steps: int | None) -> Any:
     return schedulers.FIFOScheduler()
 
 
-def searcher(search: SearchConfig) -> Any:
-    """The search algorithm.
+def searcher(search: SearchConfig, at_once: int) -> Any:
+    """The search algorithm, for `at_once` trials at a time.
 
     Raises JobError when its package isn't installed.
     """
@@ -60,7 +60,8 @@ def searcher(search: SearchConfig) -> Any:
 
     kind = search.searcher
     if not isinstance(kind, OptunaSearch | BohbSearch):
-        return BasicVariantGenerator(random_state=search.seed)
+        # Tune's own max_concurrent_trials is ignored beside a generator that was made here
+        return BasicVariantGenerator(max_concurrent=at_once, random_state=search.seed)
     try:
         import optuna
     except ImportError:

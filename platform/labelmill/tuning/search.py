@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from labelmill.tracking.run import Tracker
 from labelmill.tuning.capacity import concurrent_trials, trial_resources
 from labelmill.tuning.check import check_search
 from labelmill.tuning.outcome import conclude
-from labelmill.tuning.state import SearchFolder
+from labelmill.tuning.state import SearchFolder, read_json
 from labelmill.tuning.trial import uses_own_process
 from labelmill.workload import Workload, load_job
 
@@ -210,6 +211,9 @@ def _tune(folder: SearchFolder, job: Job, in_process: bool, again: bool, console
     place = folder.root / "tune"
     if (place / "tuner.pkl").is_file() and Tuner.can_restore(str(place)):
         console.print("the search goes on where it was interrupted", highlight=False)
+        for file in folder.trial("").glob("*/outcome.json") if again else ():
+            if read_json(file).get("status") == "failed":
+                file.unlink()
         tuner = Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=again)
     else:
         shutil.rmtree(place, ignore_errors=True)
@@ -222,8 +226,8 @@ def _tune(folder: SearchFolder, job: Job, in_process: bool, again: bool, console
                 mode=search.goal,
                 num_samples=search.trials or 1,
                 scheduler=schedule.scheduler(search, steps),
-                search_alg=schedule.searcher(search),
-                max_concurrent_trials=at_once,
+                search_alg=schedule.searcher(search, at_once),
+                max_concurrent_trials=at_once if search.searcher.kind in ("optuna", "bohb") else None,
                 time_budget_s=search.minutes * 60 if search.minutes else None,
                 trial_name_creator=_trial_id,
                 trial_dirname_creator=_trial_id,
@@ -238,10 +242,24 @@ def _tune(folder: SearchFolder, job: Job, in_process: bool, again: bool, console
             ),
         )
     random.seed(search.seed)  # PBT draws from it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         results = tuner.fit()
+    follow.end_groups(folder)
     return {trial.trial_id: trial.status for trial in results._experiment_analysis.trials}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Tune's own chatter: how trials end is told by lines, the table and their logs."""
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _trial_id(trial: Any) -> str:

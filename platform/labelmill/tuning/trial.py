@@ -34,6 +34,10 @@ class MetricError(UserError):
     """The workload doesn't report the metric that the search goes by."""
 
 
+class TrialError(UserError):
+    """The trial has failed before by an error of its own: only a process that dies is worth another try."""
+
+
 def uses_own_process(job: Job) -> bool:
     """Whether the trials of a job train in their own process."""
     assert job.search is not None
@@ -109,6 +113,9 @@ class Watch:
 
     def on_event(self, folder: Path, event: Mapping[str, Any]) -> None:
         """An event of training."""
+        if event["kind"] == "group":
+            # whoever finds this trial's process gone can end its workers
+            (self.own / "group").write_text(event["group"], encoding="utf-8")
         if folder.name.rpartition("-")[0] != self.stage:
             return
         if event["kind"] == "metrics":
@@ -175,17 +182,26 @@ def run_trial(drawn: Mapping[str, Any], root: str) -> None:
     pointer = Pointer.load(held.path) if held is not None else None
     values = values_of(folder.search, drawn)
     began = time.time()
+    if (before := read_record(own)).status == "failed":
+        raise TrialError(before.outcome["error"])
     source = {"trial": pointer.trial, "step": pointer.step} if pointer else None
     append_line(own / "settings.jsonl", {"time": began, "values": values, "from": source})
-    (own / "outcome.json").unlink(missing_ok=True)
     try:
         _run(folder, name, values, pointer)
     except Exception as error:
         fatal = isinstance(error, MetricError | TrackingError | ClusterError)
-        text = (str(error).strip().splitlines() or [""])[0]
-        shown = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        write_outcome(own, status="failed", error=shown, fatal=fatal, step=read_record(own).step)
+        write_outcome(own, status="failed", error=_in_a_line(error), fatal=fatal, step=read_record(own).step)
         raise
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What went wrong, for a table; of workers' errors the first one."""
+    while failures := getattr(error, "worker_failures", None):
+        error = next(iter(failures.values()))
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, BaseException) else error
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _run(folder: SearchFolder, name: str, values: dict[str, Any], pointer: Pointer | None) -> None:

@@ -262,7 +262,7 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(tmp_path: Path
     trials = tmp_path / "runs/killed/search/trials"
 
     first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while time.monotonic() < until and first.poll() is None:
         # one has finished, the next has saved a checkpoint
         if (
@@ -277,7 +277,7 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(tmp_path: Path
     assert len(done) == 1, out
     log = (trials / done[0].name / "console.log").read_text()
 
-    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=340)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "goes on where it was interrupted" in second.stdout
     found = records(tmp_path, "killed")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,3 +36,31 @@ class Host:
     before_fit: Callable[[Any, Path], None] = lambda run, folder: None
     on_event: Callable[[Path, dict[str, Any]], None] = lambda folder, event: None
     patience_s: float = 0.0
+
+
+class TrainsHereError(Exception):
+    """A stage in a shared folder wants to train.
+
+    Weights of a run may have come from another run, so a key doesn't tell what is in a stage that trains: it goes into the
+    run's own folder.
+    """
+
+
+@contextlib.contextmanager
+def turn(folder: Path, name: str) -> Iterator[Path]:
+    """A shared stage's folder, for one run at a time.
+
+    Raises TrainsHereError when the stage called `name` has turned out to be one that trains; its folder is gone then.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    trains = folder.with_name(f".{name}.trains")
+    if trains.is_file():
+        raise TrainsHereError
+    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        except TrainsHereError:
+            shutil.rmtree(folder, ignore_errors=True)
+            trains.touch()
+            raise

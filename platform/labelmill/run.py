@@ -30,7 +30,7 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.spec import AnySpec
 from labelmill.errors import UserError
 from labelmill.heads.index import IndexConfig, build_index
-from labelmill.host import Host
+from labelmill.host import Host, TrainsHereError, turn
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
@@ -40,10 +40,6 @@ from labelmill.tracking.run import Tracker, code_version
 from labelmill.training.config import TrainConfig
 
 log = logging.getLogger("labelmill")
-
-
-class _TrainsHere(Exception):
-    """A stage in a shared folder wants to train."""
 
 
 class Run:
@@ -79,8 +75,9 @@ class Run:
             done = self._stage(name, key, folder, function, inputs)
         else:
             try:
-                done = self._shared_stage(name, key, shared / folder.name, function, inputs)
-            except _TrainsHere:
+                with turn(shared / folder.name, name) as place:
+                    done = self._stage(name, key, place, function, inputs)
+            except TrainsHereError:
                 self._trained.add(key)
                 done = self._stage(name, key, folder, function, inputs)
         self.stages.append(done)
@@ -102,27 +99,6 @@ class Run:
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
             write_json(marker, kept)
         return Stage(name, key, folder, kept["values"], kept["seconds"])
-
-    def _shared_stage(
-        self, name: str, key: str, folder: Path, function: Callable[..., Mapping[str, Any]], inputs: Mapping[str, Any]
-    ) -> Stage:
-        """A stage in a folder that runs of a host share, one of them at a time.
-
-        Raises _TrainsHere when it is one that trains: the weights of a run may have come from another run, so its key
-        doesn't tell what is in it.
-        """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        trains = folder.with_name(f".{name}.trains")
-        if trains.is_file():
-            raise _TrainsHere
-        with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                return self._stage(name, key, folder, function, inputs)
-            except _TrainsHere:
-                shutil.rmtree(folder, ignore_errors=True)
-                trains.touch()
-                raise
 
     # --- verbs -------------------------------------------------------------------------------------------
 
@@ -154,7 +130,7 @@ class Run:
 
         host = self.host
         if host and host.shared_stages and folder.parent == host.shared_stages:
-            raise _TrainsHere
+            raise TrainsHereError
         if host:
             host.before_fit(self, folder)
         self.connect()

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from labelmill.job import ClusterConfig
 from labelmill.search_config import SearchConfig
 from labelmill.tuning.capacity import DRIVER_CPUS, concurrent_trials, trial_resources
 from labelmill.tuning.check import changeable_fields, is_changeable
+from labelmill.tuning.follow import Follow, StopOnFile
 from labelmill.tuning.pointer import Pointer, keep, place, sweep
+from labelmill.tuning.search import _secrets, _without_secrets
 from labelmill.tuning.space import draw, value_of, with_values
-from labelmill.tuning.state import read_lines
+from labelmill.tuning.state import SearchFolder, read_lines, write_outcome
+from labelmill.tuning.trial import MetricError, Watch
 from labelmill.workload import find_workload
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "workloads/discrimination/jobs/spelling-search.yaml"
@@ -51,6 +55,16 @@ def test_the_example_is_valid_and_lists_are_choices() -> None:
     assert search.space["head.margin"].kind == "choice"
     assert (search.total, search.scheduler.kind, search.searcher.kind) == (8, "asha", "random")
     assert "search" in api.schema("discrimination.spelling")["properties"]
+
+
+def test_a_search_needs_a_search_section(tmp_path: Path) -> None:
+    raw = written()
+    del raw["search"]
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(raw | {"output": str(tmp_path / "runs")}))
+    with pytest.raises(JobError, match=r"no search section\. Write at least `search: "):
+        api.tune(path)
+    assert not (tmp_path / "runs").exists()
 
 
 SPACE_ERRORS = [
@@ -257,3 +271,50 @@ def test_old_checkpoints_go_unless_a_trial_is_to_start_from_them(tmp_path: Path)
 def test_a_line_that_a_crash_cut_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "curve.jsonl").write_text('{"step": 1, "value": 2.0}\n{"step": 2, "va')
     assert read_lines(tmp_path / "curve.jsonl") == [{"step": 1, "value": 2.0}]
+
+
+# --- trials that fail -----------------------------------------------------------------------------------
+
+
+def searching(folder: Path, **changes: Any) -> SearchFolder:
+    """A search that has begun."""
+    raw = written(**changes)
+    (folder / "search.json").write_text(json.dumps({"raw": raw, "source": "job.yaml", "max_failed": 1}))
+    return SearchFolder(folder)
+
+
+def test_a_metric_that_the_report_lacks_is_an_error_for_all(tmp_path: Path) -> None:
+    folder = searching(tmp_path, metric="eval/top1")
+    folder.trial("a").mkdir(parents=True)
+    with pytest.raises(MetricError, match=r"discrimination\.spelling has no 'eval/top1'; it has test/top1, test/top5"):
+        Watch(folder, "a", None).finish({"test/top5": 0.5, "test/top1": 0.4}, 1.0)
+
+
+def test_too_many_failures_end_a_search_and_hopeless_ones_at_once(tmp_path: Path) -> None:
+    folder = searching(tmp_path)
+    trials = [SimpleNamespace(trial_id=name) for name in "abc"]
+    follow = Follow(str(tmp_path))
+    for trial, fatal in zip(trials, (False, False, True), strict=True):
+        folder.trial(trial.trial_id).mkdir(parents=True)
+        write_outcome(folder.trial(trial.trial_id), status="failed", error="it broke", fatal=fatal, step=3)
+    stop = StopOnFile(str(folder.stop_file))
+    follow.on_trial_error(0, trials, trials[0])
+    assert not stop.stop_all()
+    follow.on_trial_error(0, trials, trials[1])
+    assert stop.stop_all()
+    assert folder.stop_file.read_text() == "2 trials failed, search.max_failed is 1; the last one: it broke"
+    Follow(str(tmp_path)).on_trial_error(0, trials, trials[2])
+    assert folder.stop_file.read_text().startswith("every trial would fail like trial c: it broke")
+
+
+def test_secrets_are_not_kept_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "from outside")
+    monkeypatch.delenv("LABELMILL_TRACKING_PASSWORD", raising=False)
+    raw = {"tracking": {"password": "planted", "token": "${env:MY_TOKEN}"}}
+    kept = _without_secrets(copy.deepcopy(raw))
+    assert "planted" not in json.dumps(kept)
+    assert kept["tracking"]["token"] == "${env:MY_TOKEN}"
+    environment = _secrets(kept)
+    assert environment["LABELMILL_TRACKING_PASSWORD"] == "planted"
+    assert environment["MY_TOKEN"] == "from outside"
+    monkeypatch.delenv("LABELMILL_TRACKING_PASSWORD")

@@ -22,7 +22,7 @@ from labelmill.tuning.follow import Follow, StopOnFile
 from labelmill.tuning.pointer import Pointer, keep, place, sweep
 from labelmill.tuning.search import _secrets, _without_secrets
 from labelmill.tuning.space import draw, value_of, with_values
-from labelmill.tuning.state import SearchFolder, read_lines, write_outcome
+from labelmill.tuning.state import SearchFolder, append_line, read_lines, read_record, write_outcome
 from labelmill.tuning.trial import MetricError, Watch
 from labelmill.workload import find_workload
 
@@ -305,6 +305,19 @@ def test_too_many_failures_end_a_search_and_hopeless_ones_at_once(tmp_path: Path
     assert folder.stop_file.read_text() == "2 trials failed, search.max_failed is 1; the last one: it broke"
     Follow(str(tmp_path)).on_trial_error(0, trials, trials[2])
     assert folder.stop_file.read_text().startswith("every trial would fail like trial c: it broke")
+
+
+def test_a_search_that_begins_again_keeps_what_did_not_fail(tmp_path: Path) -> None:
+    folder = searching(tmp_path)
+    for name, rate, outcome in (("a", 0.1, {"status": "finished", "value": 0.5}), ("b", 0.2, {"status": "failed"})):
+        append_line(folder.trial(name) / "settings.jsonl", {"time": 1.0, "values": {"r": rate}, "from": None})
+        write_outcome(folder.trial(name), **outcome)
+    folder.set_trials_aside()
+    assert not list(folder.trial("").glob("*"))
+    for name, rate in (("c", 0.2), ("d", 0.1), ("e", 0.1)):
+        folder.take_over(name, {"r": rate})
+    assert [path.name for path in folder.trial("").glob("*")] == ["d"]
+    assert read_record(folder.trial("d")).value == 0.5
 
 
 def test_secrets_are_not_kept_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ from labelmill.tracking.run import Tracker
 from labelmill.tuning.capacity import concurrent_trials, trial_resources
 from labelmill.tuning.check import check_search
 from labelmill.tuning.outcome import conclude
-from labelmill.tuning.state import SearchFolder, read_json
-from labelmill.tuning.trial import uses_own_process
+from labelmill.tuning.state import SearchFolder
+from labelmill.tuning.trial import trial_job, uses_own_process
 from labelmill.workload import Workload, load_job
 
 _ENVIRONMENT = {
@@ -131,6 +131,7 @@ def _search(
         }
         write_json(folder.root / "search.json", state | {"status": "running"})
         folder = SearchFolder(folder.root)
+        trial_job(folder, {}, "trial", in_process)  # refused here rather than by every trial
         tracker.config(resolved(job))
         tracker.params(resolved(job))
         with _session(job, in_process, folder):
@@ -144,7 +145,7 @@ def _search(
                 "the same command: failed trials are tried again; --fresh starts over."
             )
         write_json(folder.root / "search.json", state | {"status": "finished"})
-        for name in ("tune", "kept"):
+        for name in ("tune", "kept", "former"):
             shutil.rmtree(folder.root / name, ignore_errors=True)
     report.render(console)
     return report
@@ -209,12 +210,14 @@ def _tune(folder: SearchFolder, job: Job, in_process: bool, again: bool, console
     follow.console = console
     trainable: Any = tune.with_resources(_trainable(str(folder.root)), trial_resources(job.cluster, in_process))
     place = folder.root / "tune"
+    if again:
+        # Tune counts trials that it was told to stop as done, and proposes no more: it begins anew, trials don't
+        console.print("the search begins again; trials that have finished are kept", highlight=False)
+        shutil.rmtree(place, ignore_errors=True)
+        folder.set_trials_aside()
     if (place / "tuner.pkl").is_file() and Tuner.can_restore(str(place)):
         console.print("the search goes on where it was interrupted", highlight=False)
-        for file in folder.trial("").glob("*/outcome.json") if again else ():
-            if read_json(file).get("status") == "failed":
-                file.unlink()
-        tuner = Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=again)
+        tuner = Tuner.restore(str(place), trainable, resume_unfinished=True)
     else:
         shutil.rmtree(place, ignore_errors=True)
         steps = getattr(getattr(job, "train", None), "steps", None)

@@ -10,14 +10,17 @@
         curve.jsonl        the metric over optimizer steps
         outcome.json       how it ended: value, steps, seconds, or the error
         console.log        what it printed
+    former/                trials of a search that was stopped and began again
     kept/                  checkpoints that trials go on from, while the search runs
     tune/                  Ray Tune's own state (pickles), while the search runs
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +51,23 @@ class SearchFolder:
     def trial(self, name: str) -> Path:
         """Folder of a trial."""
         return self.root / "trials" / name
+
+    def set_trials_aside(self) -> None:
+        """Before the search begins again: its trials wait to be taken over by trials with the same settings."""
+        former = self.root / "former"
+        former.mkdir(exist_ok=True)
+        for own in self.trial("").glob("*"):
+            shutil.rmtree(former / own.name, ignore_errors=True)
+            own.rename(former / own.name)
+
+    def take_over(self, name: str, values: dict[str, Any]) -> None:
+        """Makes the folder of a former trial that had these settings, and didn't fail, the one of trial `name`."""
+        for before in sorted((self.root / "former").glob("*")):
+            record = read_record(before)
+            if record.values == values and len(record.settings) == 1 and record.status != "failed":
+                with contextlib.suppress(FileNotFoundError):  # another trial was faster
+                    before.rename(self.trial(name))
+                    return
 
     @property
     def kept(self) -> Path:

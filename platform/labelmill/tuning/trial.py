@@ -57,6 +57,8 @@ def trial_settings(folder: SearchFolder, values: Mapping[str, Any], name: str, i
     }
     if in_process:
         changed["cluster.workers"] = 1
+        if "min_workers" in type(written.cluster).model_fields:
+            changed["cluster.min_workers"] = None
     if every := folder.search.report_steps:
         train: Any = written.train  # type: ignore[attr-defined]
         # a checkpoint and a fresh value at every comparison; one that is written when it is announced
@@ -177,10 +179,13 @@ def run_trial(drawn: Mapping[str, Any], root: str) -> None:
     _enter(folder)
     name = tune.get_context().get_trial_id()
     own = folder.trial(name)
-    own.mkdir(parents=True, exist_ok=True)
     held = tune.get_checkpoint()
     pointer = Pointer.load(held.path) if held is not None else None
     values = values_of(folder.search, drawn)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if not own.is_dir() and not folder.search.pauses:
+        folder.take_over(name, values)
+    own.mkdir(exist_ok=True)
     began = time.time()
     if (before := read_record(own)).status == "failed":
         raise TrialError(before.outcome["error"])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labelmill.job import Job, TrackingConfig, resolved
+from labelmill.job import Job, TrackingConfig, read_job_file, resolved
 from labelmill.workload import card, find_workload, load_job, workload_names
 
 if TYPE_CHECKING:
@@ -36,13 +36,19 @@ __all__ = [
     "run",
     "schema",
     "serve",
+    "tune",
     "workload_names",
 ]
 
 
 def check(job_file: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """The validated job. Raises JobError that names every wrong field."""
-    return load_job(job_file, list(overrides))[1]
+    """The validated job, its search section included. Raises JobError that names every wrong field."""
+    method, job = load_job(job_file, list(overrides))
+    if job.search is not None:
+        from labelmill.tuning.check import check_search
+
+        check_search(job, read_job_file(job_file, list(overrides)), method, str(job_file))
+    return job
 
 
 def run(
@@ -65,6 +71,24 @@ def run(
     from labelmill.run import execute
 
     return execute(job, method.run, fresh=fresh, console=console, profile=profile)
+
+
+def tune(
+    job_file: str | Path,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Searches over settings as the job's `search` section says; an interrupted search continues unless `fresh`.
+
+    Raises UserError kinds for what the caller can mend.
+    """
+    from labelmill.cluster import set_environment
+
+    set_environment()
+    from labelmill.tuning.search import run_search
+
+    return run_search(job_file, list(overrides), fresh=fresh, console=console)
 
 
 def schema(workload: str) -> dict[str, Any]:

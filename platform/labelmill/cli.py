@@ -24,6 +24,7 @@ from labelmill.cli_checkpoints import checkpoints_app
 from labelmill.cli_data import data_app
 from labelmill.cli_head import head_app
 from labelmill.cli_models import models_app, serve, status
+from labelmill.cli_tune import tune
 from labelmill.errors import UserError
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.add_typer(head_app, name="head")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command()(serve)
 app.command()(status)
+app.command()(tune)
 
 console = Console()
 

@@ -18,7 +18,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -27,13 +26,8 @@ from pydantic import (
 )
 
 from labelmill.errors import JobError, did_you_mean
-
-
-class StrictModel(BaseModel):
-    """A frozen config section: unknown keys are refused, defaults are validated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
-
+from labelmill.search_config import SearchConfig
+from labelmill.strict import StrictModel as StrictModel
 
 # --- sections every workload shares ---------------------------------------------------------------------
 
@@ -126,6 +120,7 @@ class Job(StrictModel):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     register_as: str | None = Field(None, description="name in the model registry; empty registers nothing")
+    search: SearchConfig | None = Field(None, description="what `labelmill tune` searches; other commands ignore it")
 
 
 JobT = TypeVar("JobT", bound=Job)
@@ -156,32 +151,37 @@ def read_job_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise JobError(f"--set {override!r}: write it as path=value, for example --set train.learning_rate=0.01")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise JobError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    set_field(raw, key.strip(), value, f"--set {override!r}")
+
+
+def set_field(raw: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Sets a dotted field of an unvalidated job, in place. Raises JobError, naming `source`, where it can't be."""
+    parts = path.split(".")
     node: Any = raw
     for depth, part in enumerate(parts[:-1]):
         if isinstance(node, list):
-            node = node[_index(node, part, override)]
+            node = node[_index(node, part, source)]
             continue
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict | list):
-            raise JobError(f"--set {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
+            raise JobError(f"{source}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
     if isinstance(node, list):
-        node[_index(node, parts[-1], override)] = value
+        node[_index(node, parts[-1], source)] = value
     else:
         node[parts[-1]] = value
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, source: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise JobError(f"--set {override!r}: {part!r} is not an index of a list of {len(items)}.")
+        raise JobError(f"{source}: {part!r} is not an index of a list of {len(items)}.")
     return int(part)
 
 
@@ -222,13 +222,13 @@ def _first_reference(node: Any, path: str = "") -> str | None:
     return None
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Every pydantic model named by an annotation, through unions, containers and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is None:
         return []
-    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return [model for arg in get_args(annotation) for model in models_in(arg)]
 
 
 def _is_tag(models: list[type[BaseModel]], part: Any) -> bool:
@@ -246,7 +246,7 @@ def _explain(root: type[BaseModel], item: Any) -> str:
         known = [model.model_fields[part] for model in models if part in model.model_fields]
         if known:
             shown.append(str(part))
-            models = [model for field in known for model in _models_in(field.annotation)]
+            models = [model for field in known for model in models_in(field.annotation)]
         elif _is_tag(models, part):
             models = [
                 m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)

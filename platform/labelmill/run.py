@@ -32,6 +32,7 @@ from labelmill.data.store import join, normal
 from labelmill.errors import UserError
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.index import IndexConfig, build_index
+from labelmill.host import Host, TrainsHereError, turn
 from labelmill.job import Job, resolved
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
@@ -51,14 +52,24 @@ _RANKS_SHOWN = 16  # a metric a rank; with more only the slowest
 class Run:
     """The context a method's function works in. Opened by `open_run`."""
 
-    def __init__(self, job: Job, folder: Path, tracker: Tracker, progress: ProgressView, profile: bool = False) -> None:
-        self.profile = profile
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        tracker: Tracker,
+        progress: ProgressView,
+        profile: bool = False,
+        host: Host | None = None,
+    ) -> None:
         self.job, self.folder, self.tracker, self.progress = job, folder, tracker, progress
+        self.profile, self.host = profile, host
         meta = {"workload": job.workload, "seed": str(job.seed), **code_version()}
         self.report = Report(title=job.name, meta=meta, root=folder / "report")
         self.stages: list[Stage] = []
         self._resources = contextlib.ExitStack()
-        self._connected = False
+        # a host has connected, and knows that its runs fit
+        self._connected = host is not None
+        self._trained: set[str] = set()  # keys of stages that training went into
 
     # --- stages ------------------------------------------------------------------------------------------
 
@@ -70,6 +81,26 @@ class Run:
         """
         key = stage_key(name, function, inputs)
         folder = self.folder / "stages" / f"{name}-{key}"
+        shared = self.host.shared_stages if self.host else None
+        if any(isinstance(value, Stage) and value.key in self._trained for value in inputs.values()) or folder.is_dir():
+            self._trained.add(key)
+            shared = None
+        if shared is None:
+            done = self._stage(name, key, folder, function, inputs)
+        else:
+            try:
+                with turn(shared / folder.name, name) as place:
+                    done = self._stage(name, key, place, function, inputs)
+            except TrainsHereError:
+                self._trained.add(key)
+                done = self._stage(name, key, folder, function, inputs)
+        self.stages.append(done)
+        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, None)])
+        return done
+
+    def _stage(
+        self, name: str, key: str, folder: Path, function: Callable[..., Mapping[str, Any]], inputs: Mapping[str, Any]
+    ) -> Stage:
         marker = folder / "stage.json"
         if marker.is_file():
             kept = json.loads(marker.read_text(encoding="utf-8"))
@@ -82,10 +113,7 @@ class Run:
                 values = dict(function(self, folder, **inputs))
             kept = {"name": name, "key": key, "values": values, "seconds": time.monotonic() - began}
             write_json(marker, kept)
-        done = Stage(name, key, folder, kept["values"], kept["seconds"])
-        self.stages.append(done)
-        self.tracker.metrics([(f"stage_seconds/{name}", done.seconds, 0, None)])
-        return done
+        return Stage(name, key, folder, kept["values"], kept["seconds"])
 
     # --- verbs -------------------------------------------------------------------------------------------
 
@@ -107,14 +135,21 @@ class Run:
         augment: bool = False,
         seed: int | None = None,
         initial: Mapping[str, HeadStart] | None = None,
+        evaluate: AnySpec | None = None,
     ) -> Fitted:
         """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`.
 
-        `initial` says what heads go on from (`training.initial.find_start`), by name.
+        `initial` says what heads go on from (`training.initial.find_start`), by name; `evaluate` is a stream of held-out
+        samples for `train.evaluate_every`.
         """
         from labelmill.training.fit import fit
         from labelmill.training.worker import FitTask
 
+        host = self.host
+        if host and host.shared_stages and folder.parent == host.shared_stages:
+            raise TrainsHereError
+        if host:
+            host.before_fit(self, folder)
         self.connect()
         cluster = self.job.cluster
         task = FitTask(
@@ -122,6 +157,7 @@ class Run:
             config,
             train,
             predict=dict(predict or {}),
+            evaluate=evaluate,
             work=folder.resolve(),
             seed=self.job.seed if seed is None else seed,
             augment=augment,
@@ -144,7 +180,8 @@ class Run:
             self._on_event(folder, event)
 
         self._track_history(folder, told)  # what a killed driver hadn't sent yet
-        seconds = fit(task, cluster, self.job.name, on_event)
+        train_on = host.fit if host and host.fit else fit
+        seconds = train_on(task, cluster, self.job.name, on_event)
         self._track_history(folder, told)  # what was lost with a mailbox
         if (traces := folder / "profile").is_dir():
             self.tracker.artifact(traces, "profile")
@@ -279,6 +316,8 @@ class Run:
                     out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
                 for reason, times in event["retries"].items():
                     log.warning("data set %s: %d storage request(s) tried again: %s", event["data"], times, reason)
+        if self.host:
+            self.host.on_event(folder, event)
 
     def report_data_health(self, *fits: Fitted) -> None:
         """Adds to the report what reading met: every hole by key, damaged shards by offset, requests tried again."""
@@ -405,21 +444,28 @@ def _link(source: Path, target: Path) -> None:
 def job_digest(job: Job) -> str:
     """Identity of a job's content, without where it runs and reports to."""
     content = resolved(job)
-    for section in ("cluster", "tracking", "output"):
+    for section in ("cluster", "tracking", "output", "search"):
         content.pop(section, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Keeps other processes out of a folder. Raises UserError when one is in it for longer than `patience_s`."""
+    until = time.monotonic() + patience_s
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is running this job. Wait for it, or give this run another name "
-                "(--set name=...)."
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"{folder}: another process is running this job. Wait for it, or give this run another name "
+                    "(--set name=...)."
+                ) from None
         yield
 
 
@@ -429,15 +475,18 @@ def execute(
     fresh: bool = False,
     console: Console | None = None,
     profile: bool = False,
+    host: Host | None = None,
 ) -> Report:
-    """Runs a job to its report, continuing what an earlier call left unfinished. `profile` records a few steps.
+    """Runs a job to its report, continuing what an earlier call left unfinished.
+
+    `profile` records a few steps; `host` is there when the run is part of a search.
 
     The order of checks: tracking answers, then data (the method loads its manifests), then the cluster.
     """
     console = console or Console()
-    folder = Path(job.output) / job.name
+    folder = host.folder if host else Path(job.output) / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, host.patience_s if host else 0.0):
         if fresh:
             for name in ("stages", "report"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -463,7 +512,8 @@ def execute(
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:
-            return _execute(job, function, folder, state if same else {}, console, profile)
+            # a part of a search stays one MLflow run, also when its settings change
+            return _execute(job, function, folder, state if same or host else {}, console, profile, host)
         except UserError:
             raise
         except Exception as error:
@@ -482,9 +532,16 @@ def _execute(
     state: dict[str, Any],
     console: Console,
     profile: bool = False,
+    host: Host | None = None,
 ) -> Report:
     with Tracker.open(
-        job.tracking, job.output, run_name=job.name, run_id=state.get("mlflow_run") or None, run_dir=folder
+        job.tracking,
+        job.output,
+        run_name=job.name,
+        run_id=state.get("mlflow_run") or None,
+        tags=host.tags if host else None,
+        parent_run_id=host.parent_run_id if host else None,
+        run_dir=folder,
     ) as tracker:
         state = {"mlflow_run": tracker.run_id, "job": job_digest(job), "status": "running"}
 
@@ -495,7 +552,7 @@ def _execute(
         tracker.on_open = lambda run_id: note(mlflow_run=run_id)
         note()
         with ProgressView(console) as progress:
-            run = Run(job, folder, tracker, progress, profile)
+            run = Run(job, folder, tracker, progress, profile, host)
             try:
                 tracker.config(resolved(job))
                 tracker.params(resolved(job))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -22,16 +22,25 @@ if TYPE_CHECKING:
     from labelmill.run import Run
 
 GROUP = "labelmill.workloads"
+ENGINE_METRICS = ("train/loss", "train/grad_norm", "train/samples_per_second")
+"""What every training reports each `train.log_every` steps."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A method: its name, the type of its jobs, and the function that runs one."""
+    """A method: its name, the type of its jobs, and the function that runs one.
+
+    Attributes:
+        metrics: names in its report that a search may compare trials by; empty: not told, a trial shows.
+        training_metrics: the same of what is known while it trains, besides the engine's (`ENGINE_METRICS`).
+    """
 
     name: str
     job_type: type[Job]
     run: Callable[[Any, Run], None]
     doc: str
+    metrics: tuple[str, ...] = ()
+    training_metrics: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -39,13 +48,15 @@ class Workload:
         return self.doc.strip().splitlines()[0]
 
 
-def workload(name: str, job_type: type[Job]) -> Callable[[Callable[[Any, Run], None]], Workload]:
-    """Marks the function that runs a method; the module's docstring is its card."""
+def workload(
+    name: str, job_type: type[Job], metrics: Iterable[str] = (), training_metrics: Iterable[str] = ()
+) -> Callable[[Callable[[Any, Run], None]], Workload]:
+    """Marks the function that runs a method; the module's docstring is its card. Metrics: see `Workload`."""
 
     def mark(function: Callable[[Any, Run], None]) -> Workload:
         module = inspect.getmodule(function)
         doc = (module.__doc__ if module else None) or function.__doc__ or name
-        return Workload(name, job_type, function, doc)
+        return Workload(name, job_type, function, doc, tuple(metrics), tuple(training_metrics))
 
     return mark
 

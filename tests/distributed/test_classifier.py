@@ -43,21 +43,36 @@ def make_data(folder: Path) -> None:
         writer.close(classes=pa.table({"name": NAMES}))
 
 
-def train(rank: int, world: int, data: str, work: str, align: float, stage: int) -> dict[str, Any]:
+def train(
+    rank: int, world: int, data: str, work: str, align: float, stage: int, evaluate_every: int = 3
+) -> dict[str, Any]:
     manifest = load_manifest(data)
     head = HeadConfig(scale=12.0, sample_rate=0.5, block_rows=16)
     task = FitTask(
         partial(Classifier, ENCODER, head, len(NAMES), 1, manifest, align, 3),
-        TrainConfig(global_batch=24, steps=8, learning_rate=0.01, zero_stage=stage, log_every=1),
+        TrainConfig(
+            global_batch=24,
+            steps=8,
+            learning_rate=0.01,
+            zero_stage=stage,
+            log_every=1,
+            evaluate_every=evaluate_every,
+            evaluate_samples=46,
+        ),
         StreamSpec(manifest, "text", 24, seed=2, window=2),
         predict={"test": StreamSpec(manifest, "text", 23, shuffle=False)},
+        evaluate=StreamSpec(manifest, "text", 14, seed=3),
         work=Path(work),
         seed=1,
         transport="local",
     )
     sink = ListSink()
     run_worker(task, rank, world, sink)
-    return {"losses": [e["values"]["train/loss"] for e in sink.events if e["kind"] == "metrics"]}
+    metrics = [e["values"] for e in sink.events if e["kind"] == "metrics"]
+    return {
+        "losses": [values["train/loss"] for values in metrics],
+        "judged": {step: v["eval/top1"] for step, v in enumerate(metrics, start=1) if "eval/top1" in v},
+    }
 
 
 @pytest.mark.parametrize("align", [0.0, 1.0])
@@ -65,15 +80,19 @@ def test_one_and_two_workers_agree(tmp_path: Path, align: float) -> None:
     from labelmill.stages import Fitted
 
     make_data(tmp_path / "data")
-    curves, rows, predictions = [], [], []
+    curves, rows, predictions, judged = [], [], [], []
     for world, stage in ((1, 0), (2, 2)):
         work = tmp_path / f"work{world}"
         results = spawn(train, world, str(tmp_path / "data"), str(work), align, stage)
         curves.append(results[0]["losses"])
+        judged.append(results[0]["judged"])
         rows.append(Fitted(work).head_rows("classes"))
         assert len(sorted((work / "predictions" / "test").glob("part-*.parquet"))) == world
         predictions.append(Fitted(work).predictions("test"))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert sorted(judged[0]) == [3, 6, 8]
+    assert judged[0] == pytest.approx(judged[1], abs=1.01 / 46), "46 samples, whatever the batches and workers"
+    assert all(value * 46 == pytest.approx(round(value * 46)) for value in judged[0].values())
     torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-3)
     assert predictions[0].num_rows == 2 * len(NAMES), "every sample is predicted once, for any number of workers"
     assert predictions[0].column("key").to_pylist() == predictions[1].column("key").to_pylist()
@@ -83,6 +102,16 @@ def test_one_and_two_workers_agree(tmp_path: Path, align: float) -> None:
     encoder.load_state_dict(Fitted(tmp_path / "work1").dense("encoder."))
     expected = torch.nn.functional.normalize(encoder.embed(NAMES))
     torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_being_judged_while_training_changes_nothing(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    judged, plain = (
+        spawn(train, 1, str(tmp_path / "data"), str(tmp_path / f"{every}"), 1.0, 0, every)[0] for every in (2, 0)
+    )
+    assert judged["losses"] == plain["losses"]
+    assert len(judged["judged"]) == 4
+    assert not plain["judged"]
 
 
 def test_clustering_on_ray_equals_the_reference(tmp_path: Path, ray_session: None) -> None:

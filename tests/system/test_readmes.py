@@ -109,7 +109,7 @@ def check_labelmill(words: list[str], folders: list[Path], mention: bool = False
     method = given.get("workload") or given.get("name")
     if path[-1] in ("schema", "workloads") and method and not (mention and method.isupper()):
         find_workload(method)
-    if path[-1] in ("run", "validate") and not (mention and str(given["job"]).isupper()):
+    if path[-1] in ("run", "validate", "tune") and not (mention and str(given["job"]).isupper()):
         places = [folder / given["job"] for folder in folders]
         load_job(next((p for p in places if p.is_file()), given["job"]), given["overrides"] or [])
 

@@ -187,7 +187,7 @@ def class_labels(data: Manifest) -> np.ndarray:
     return np.concatenate([read_shard(data, i).column("label").to_numpy() for i in range(len(data.shards))])
 
 
-@workload("discrimination.mlcd", MlcdJob)
+@workload("discrimination.mlcd", MlcdJob, metrics=("probe/mlcd", "knn/mlcd", "MLCD_train/final_loss"))
 def mlcd(job: MlcdJob, run: Run) -> None:
     train, test = job.data.open()
     run.track_data(train=train, test=test)

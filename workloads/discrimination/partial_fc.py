@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -125,6 +125,11 @@ class Classifier(Objective):
         return (loss_B * batch.weight_B).sum() * ranks.world / total
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        _, ids_BK = self.head.topk(self.encoder(batch.inputs["sample"]), 1)
+        return {"top1": (batch.labels.ids_BP == ids_BK).any(1)}
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         scores_BK, ids_BK = self.head.topk(self.encoder(batch.inputs["sample"]), self.k)
         return {"class_id": ids_BK, "score": scores_BK, "label": batch.labels.ids_BP}
@@ -145,6 +150,8 @@ class PartialFCJob(TrainJob):
     eval_batch: int = Field(1024, ge=1)
     index: IndexConfig | None = Field(None, description="an approximate index in the registered model")
     continued_heads = ("head",)
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"align"})
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
@@ -172,6 +179,7 @@ def fit_classifier(
     folder: Path,
     train: AnySpec,
     predict: Mapping[str, AnySpec],
+    evaluate: AnySpec,
     encoder: EncoderConfig,
     head: HeadConfig,
     config: TrainConfig,
@@ -182,7 +190,10 @@ def fit_classifier(
     k: int = 5,
     initial: HeadStart | None = None,
 ) -> dict[str, Any]:
-    """Stage: trains a classifier and ranks `k` classes for every sample of the streams of `predict`."""
+    """Stage: trains a classifier and ranks `k` classes for every sample of the streams of `predict`.
+
+    `evaluate` holds the samples that `train.evaluate_every` judges it by meanwhile.
+    """
     assert train.label.num_classes is not None
     if align and train.label.form != "single":
         raise JobError(f"align: needs one label a sample; {train.name!r} has labels of form {train.label.form}.")
@@ -191,7 +202,8 @@ def fit_classifier(
     names = manifest if imprint else None
     objective = partial(Classifier, encoder, head, train.label.num_classes, seed, names, align, k)
     start = {"classes": initial} if initial else None
-    return {"seconds": run.fit(folder, objective, train, config, predict, augment, initial=start).seconds}
+    fitted = run.fit(folder, objective, train, config, predict, augment, evaluate=evaluate, initial=start)
+    return {"seconds": fitted.seconds}
 
 
 def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,7 +224,11 @@ def start_of(job: PartialFCJob, train: Manifest, work: Path) -> HeadStart:
     return find_start(job.head, train, weights, encoder.dim, work)
 
 
-@workload("discrimination.partial_fc", PartialFCJob)
+CLASSIFIER_METRICS = ("test/top1", "test/top5", "train/final_loss", "train/samples_per_second")
+CLASSIFIER_TRAINING_METRICS = ("train/head_loss", "train/align_loss", "eval/top1")
+
+
+@workload("discrimination.partial_fc", PartialFCJob, CLASSIFIER_METRICS, CLASSIFIER_TRAINING_METRICS)
 def partial_fc(job: PartialFCJob, run: Run) -> None:
     train, test = job.data.open()
     options = input_options(job.encoder, job.seed)
@@ -227,6 +243,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         fit_classifier,
         train=stream,
         predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
+        evaluate=job.data.stream(test, global_batch=job.eval_batch, **options),
         encoder=job.encoder,
         head=job.head,
         config=job.train,

@@ -9,7 +9,7 @@ a weight chosen on dev queries, by their frequency. The baselines are what a cor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,13 @@ from labelmill.stages import Fitted, Stage
 from labelmill.tracking.model import ClassPrior
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload
-from workloads.discrimination.partial_fc import fit_classifier, input_options, ranked_classes
+from workloads.discrimination.partial_fc import (
+    CLASSIFIER_METRICS,
+    CLASSIFIER_TRAINING_METRICS,
+    fit_classifier,
+    input_options,
+    ranked_classes,
+)
 from workloads.discrimination.words import BANDS, read_queries, write_words
 
 CANDIDATES = 32
@@ -55,6 +61,8 @@ class SpellingJob(TrainJob):
     head: HeadConfig = HeadConfig()
     align: float = Field(1.0, ge=0, description="weight of the softmax over clean spellings of the batch")
     baselines: bool = True
+
+    changeable: ClassVar[frozenset[str]] = frozenset({"align"})
 
     def class_count(self) -> int:
         return self.words.count
@@ -89,7 +97,7 @@ def choose_prior(fit: Stage, log_frequency_C: torch.Tensor) -> float:
     return max(correct, key=lambda weight: (correct[weight], -weight))
 
 
-@workload("discrimination.spelling", SpellingJob)
+@workload("discrimination.spelling", SpellingJob, CLASSIFIER_METRICS, CLASSIFIER_TRAINING_METRICS)
 def spelling(job: SpellingJob, run: Run) -> None:
     words = run.stage("words", import_words, words=job.words, seed=job.seed)
     train, dev, test = (words.manifest(split) for split in ("train", "dev", "test"))
@@ -104,6 +112,7 @@ def spelling(job: SpellingJob, run: Run) -> None:
             name: job.data.stream(queries, global_batch=2048, shuffle=False, **options)
             for name, queries in (("dev", dev), ("test", test))
         },
+        evaluate=job.data.stream(dev, global_batch=2048, **options),
         encoder=job.encoder,
         head=job.head,
         config=job.train,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,10 @@ class HeadConfig(StrictModel):
     )
 
     initial: InitialHead | None = Field(None, description="a saved head to go on from; default: fresh rows")
+
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"loss", "margin", "scale", "sample_rate", "importance", "lr_multiplier"}
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> HeadConfig:

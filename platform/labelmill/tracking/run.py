@@ -248,7 +248,10 @@ class Tracker:
                 self._open_late(self._opening)
             getattr(self, f"_send_{record['op']}")(record)
         except Exception as error:  # whatever goes wrong in tracking must not stop the training
-            if isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSALS:
+            # two runs that log one data set at once: MLflow inserts it twice, and works when asked again
+            race = "UNIQUE constraint" in str(error) or "duplicate key" in str(error)
+            refused = getattr(error, "error_code", None) in _REFUSALS and not race
+            if isinstance(error, FileNotFoundError) or refused:
                 self._refuse(record, error)
                 return True
             self._failures += 1

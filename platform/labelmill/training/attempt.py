@@ -17,6 +17,7 @@ from labelmill.job import ClusterConfig
 from labelmill.training.attempts import Attempts
 from labelmill.training.device import backend
 from labelmill.training.events import Event, Mailbox, RaySink, State
+from labelmill.training.groups import end_group, this_group
 from labelmill.training.pulse import STOP
 from labelmill.training.room import draining_nodes, free_workers
 from labelmill.training.worker import FitTask, run_worker
@@ -46,6 +47,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     began = time.time()
     sink = RaySink(config["mailbox"])
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        sink.post(kind="group", **this_group())
     timing = run_worker(config["task"], rank, world, sink, config["mailbox"])
     return {"started": began, "timing": timing, "ended": time.time()}
 
@@ -69,6 +72,7 @@ class Attempt:
         self._ticks: dict[int, tuple[int, float]] = {}  # of each rank, and when they last changed here
         self._before: dict[int, tuple[float, int]] = {}
         self._step: int | None = None
+        self._group: dict[str, Any] = {"group": ""}
         self._stop_why = ""
         self._roomy = False
         self._due = dict.fromkeys(("drain", "grow", "ranks"), time.monotonic())
@@ -99,6 +103,9 @@ class Attempt:
                 error = self._look()
             if error is None:
                 error = self._look()
+        except BaseException:  # the driver is to stop: a trial that isn't to go on, Ctrl-C
+            end_group(**self._group)
+            raise
         finally:
             self._end_workers()
         thread.join(_END_S)
@@ -162,6 +169,8 @@ class Attempt:
         except (RayError, GetTimeoutError) as error:
             return error
         for event in events:
+            if event["kind"] == "group":
+                self._group = {"group": event["group"], "controller": event.pop("controller")}
             self._deliver(event)
         now = time.monotonic()
         self._follow(now)

@@ -207,11 +207,12 @@ class Saving:
         self._begun = False
         self._last: Position | None = None
 
-    def __call__(self, position: Position) -> None:
-        """Begins a checkpoint. Collective. Raises CheckpointError after too many failures."""
+    def __call__(self, position: Position) -> bool:
+        """Begins a checkpoint; whether that went well. Collective. Raises CheckpointError after too many failures."""
         self._last = position
         self._settle()
         self._begun = self._try(lambda: self._saver.save(self._engine, position))
+        return self._begun
 
     def finish(self) -> None:
         """Waits for the last checkpoint and writes it again if it failed. Collective. Raises CheckpointError."""

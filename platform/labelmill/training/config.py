@@ -45,6 +45,14 @@ class TrainConfig(StrictModel):
         256.0, gt=0, description="class rows kept for an unfinished checkpoint, MiB a worker and head"
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between two metric records")
+    evaluate_every: int = Field(
+        0, ge=0, description="optimizer steps between two evaluations on held-out samples (metrics eval/...); 0: none"
+    )
+    evaluate_samples: int = Field(2048, ge=1, description="held-out samples of an evaluation, the same each time")
+
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"learning_rate", "weight_decay", "betas", "schedule", "warmup", "max_grad_norm", "max_skipped_steps"}
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

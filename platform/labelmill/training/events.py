@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,10 @@ class Sink(Protocol):
     """Takes events; never blocks."""
 
     def post(self, **event: Any) -> None:
-        """Adds an event; `kind` says what it is: progress, metrics, start, bad, reading, ranks, note, restart, hang."""
+        """Adds an event; `kind` says what it is.
+
+        That is progress, metrics, checkpoint, start, group, bad, reading, ranks, note, restart or hang.
+        """
 
 
 class ListSink:
@@ -31,6 +35,16 @@ class ListSink:
 
     def post(self, **event: Any) -> None:
         self.events.append({"time": time.time(), **event})
+
+
+class CallSink:
+    """Hands events to a function of this process."""
+
+    def __init__(self, take: Callable[[Event], None]) -> None:
+        self._take = take
+
+    def post(self, **event: Any) -> None:
+        self._take({"time": time.time(), **event})
 
 
 class Mailbox:

@@ -42,6 +42,7 @@ def train(
     pulse: Pulse | None = None,
     watch: Callable[[Window], object] | None = None,
     profiler: StepProfiler | None = None,
+    evaluation: Callable[[], dict[str, float]] | None = None,
 ) -> Position:
     """Runs optimizer steps `start.step .. total_steps`; returns where it ended, which is earlier when the driver wishes it.
 
@@ -56,6 +57,7 @@ def train(
         pulse: is told what this rank does, and knows what the driver wishes.
         watch: takes every window of `log_every` steps, on every rank.
         profiler: records some of the steps.
+        evaluation: gives metrics on held-out samples every `config.evaluate_every` steps; collective.
 
     Raises, on all ranks alike:
         NotFiniteError: a loss or an embedding was NaN or infinite in more steps than the job allows.
@@ -128,12 +130,14 @@ def train(
         pulse.stepped(step + 1, seconds["wait for data"] + seconds["forward"] - before - waited)
 
         last = step + 1 == total_steps
-        due = (step + 1) % config.log_every == 0 or last
+        evaluates = evaluation is not None and ((step + 1) % config.evaluate_every == 0 or last)
+        due = (step + 1) % config.log_every == 0 or last or evaluates
         shown = _mean_over_ranks({"loss": loss} | parts, engine.device) if due else {}
         elapsed = time.perf_counter() - window_start
         if watch and due:
             samples = window_steps * config.global_batch
             watch(Window(step + 1, total_steps, window_steps, samples, elapsed, dict(seconds), shown))
+        judged = evaluation() if evaluation and evaluates else {}
         if sink and due:
             values = {f"train/{name}": value for name, value in shown.items()} | {"train/learning_rate": rate}
             if math.isfinite(norm):
@@ -141,8 +145,8 @@ def train(
             values["train/samples_per_second"] = window_steps * config.global_batch / elapsed
             if skipped:
                 values["train/skipped_steps"] = skipped
-            values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()}
-            sink.post(kind="metrics", step=step + 1, values=values)
+            values |= {f"seconds/{part}": value / window_steps for part, value in seconds.items()} | judged
+            sink.post(kind="metrics", step=step + 1, total=total_steps, values=values)
             sink.post(
                 kind="progress",
                 done=step + 1,
@@ -194,6 +198,29 @@ def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str
     packed = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(packed)
     return dict(zip(values, (packed / dist.get_world_size()).tolist(), strict=True))
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterator[Batch], pulse: Pulse) -> dict[str, float]:
+    """Means of the objective's `evaluate` over a stream, as `eval/<name>`; holes and padding don't count. Collective."""
+    modules = list(engine.objective.children())
+    # not the objective itself: the training stream's threads, which read ahead, ask it whether it trains
+    for module in modules:
+        module.eval()
+    sums: dict[str, float] = {}
+    weight = 0.0
+    for batch in batches:
+        pulse.enter("evaluate")
+        batch = engine.to_device(batch)
+        kept_B = (batch.weight_B > 0).double()
+        weight += float(kept_B.sum())
+        for name, value_B in engine.objective.evaluate(batch).items():
+            sums[name] = sums.get(name, 0.0) + float((value_B.double() * kept_B).sum())
+    for module in modules:
+        module.train()
+    means = _mean_over_ranks(sums | {"": weight}, engine.device)
+    total = means.pop("")
+    return {f"eval/{name}": value / total for name, value in means.items()} if total else {}
 
 
 @torch.no_grad()

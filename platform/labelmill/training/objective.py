@@ -66,6 +66,11 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Per-sample figures of merit by name, each (B,), for `train.evaluate_every`. Collective, as `predict` is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Per-sample outputs by name, each (B, ...). Collective: every rank calls it equally often."""
         raise NotImplementedError

@@ -26,6 +26,9 @@ from labelmill.evaluation.clustering import accumulate, assign_top, new_centres,
 
 Progress = Callable[[float, float], None]
 
+most_cpus = float("inf")
+"""CPUs that a task reserves at the most. A trial of a search sets it: what the trials leave free may be little."""
+
 
 def embedding_file(folder: Path, shard: int) -> Path:
     """Where the embeddings of a shard lie: `emb` float32 (n, D), `valid` bool (n,)."""
@@ -44,7 +47,7 @@ def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: 
     """Runs (function, arguments) pairs as Ray tasks; results in order. Raises UserError kinds as they are."""
     import ray
 
-    refs = [ray.remote(num_cpus=cpus)(function).remote(*arguments) for function, arguments in calls]
+    refs = [ray.remote(num_cpus=min(cpus, most_cpus))(function).remote(*arguments) for function, arguments in calls]
     waiting = list(refs)
     try:
         while waiting:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +23,16 @@ from safetensors.torch import save_file
 
 from labelmill.data.source import BatchSource, LocalSource, Streams
 from labelmill.data.spec import AnySpec
-from labelmill.data.stream import RankStream
+from labelmill.data.stream import Batch, RankStream
 from labelmill.training.checkpoint import Checkpointer, Position, Saving, gather
 from labelmill.training.checkpoint_copies import Copies
+from labelmill.training.checkpoint_files import folder_name
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import worker_device
 from labelmill.training.engine import Engine
 from labelmill.training.events import HistorySink, Sink
 from labelmill.training.initial import HeadStart
-from labelmill.training.loop import PARTS, predict, train
+from labelmill.training.loop import PARTS, evaluate, predict, train
 from labelmill.training.metrics import Exporter, Window
 from labelmill.training.objective import Objective
 from labelmill.training.profile import StepProfiler
@@ -46,6 +48,7 @@ class FitTask:
         objective: builds the objective; called on every rank with torch's seed set to `seed`.
         config: the job's `train` section.
         train: the training stream (its batch size and end are set from `config`); None only predicts.
+        evaluate: held-out samples that training is judged by every `config.evaluate_every` steps.
         predict: streams whose samples go through the objective's `predict` when training is done.
         work: folder of checkpoints, `export/` and `predictions/`.
         seed: of weights, order and sampled classes.
@@ -66,6 +69,7 @@ class FitTask:
     config: TrainConfig
     train: AnySpec | None
     predict: dict[str, AnySpec] = field(default_factory=dict)
+    evaluate: AnySpec | None = None
     work: Path = Path(".")
     seed: int = 0
     augment: bool = False
@@ -185,9 +189,17 @@ def _train(
 
     def checkpoint(at: Position) -> None:
         began = time.perf_counter()
-        save(at)
+        begun = save(at)
         if exporter:
             exporter.checkpoint(at.step, time.perf_counter() - began)
+        if rank == 0 and begun:
+            # in the background it is there only once every rank has written its part
+            path = task.work / "checkpoints" / folder_name(at.step)
+            sink.post(kind="checkpoint", step=at.step, total=task.total_steps, path=str(path))
+
+    def evaluation() -> dict[str, float]:
+        assert task.evaluate is not None
+        return evaluate(engine, _held_out(task, task.evaluate, streams, engine.objective, rank, world, sink), pulse)
 
     def watch(seen: Window) -> None:
         assert exporter is not None
@@ -206,6 +218,7 @@ def _train(
             pulse,
             watch if exporter else None,
             profiler,
+            evaluation if task.evaluate and config.evaluate_every else None,
         )
         pulse.enter("checkpoint", watched=False)
         save.finish()
@@ -249,6 +262,18 @@ def open_stream(
         sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
     return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)
+
+
+def _held_out(
+    task: FitTask, spec: AnySpec, streams: Streams | None, objective: Objective, rank: int, world: int, sink: Sink
+) -> Iterator[Batch]:
+    """The first `evaluate_samples` samples of the held-out stream."""
+    # it prepares as evaluation does while the threads of the training stream go on as they are
+    twin = copy.copy(objective)
+    twin.training = False
+    stop = min(spec.end, spec.start + task.config.evaluate_samples)
+    stream = open_stream(replace(spec, stop=stop), streams, twin, rank, world, sink, threads=task.threads)
+    yield from stream
 
 
 def _post_reading(stream: RankStream, rank: int, sink: Sink) -> None:

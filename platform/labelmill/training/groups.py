@@ -1,0 +1,33 @@
+"""Ends a group of Ray Train workers whose driver ends early, so that nothing of it is left on the cluster.
+
+Ray keeps the placement group of a run whose controller died until the whole session ends (it has a cleaner, which needs the
+dashboard); its CPUs would be lost to everyone else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+
+def this_group() -> dict[str, Any]:
+    """What a worker tells of its group: the placement group's id, and Ray Train's controller."""
+    import ray
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    group = ray.util.get_current_placement_group()
+    return {"group": group.id.hex() if group else "", "controller": get_train_context().controller_actor}
+
+
+def end_group(group: str, controller: Any = None) -> None:
+    """Ends the controller first, which would start workers again, then its workers. Ended ones are no error."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if controller is not None:
+        with contextlib.suppress(Exception):
+            ray.kill(controller)
+    if group:
+        with contextlib.suppress(Exception):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -1,0 +1,1 @@
+"""Search over settings of a job with Ray Tune: `labelmill tune`."""

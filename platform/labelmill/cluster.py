@@ -7,7 +7,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from labelmill import handover
 from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
 
@@ -21,7 +24,6 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,6 +34,14 @@ def set_environment() -> None:
     """Sets what Ray reads at import, without overriding what the user has set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+
+
+def _has_token() -> bool:
+    """Whether the user has a token for Ray clusters; without one Ray would make one for a cluster of our own."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
 
 
 @contextmanager
@@ -43,7 +53,7 @@ def connect(cluster: ClusterConfig, log_to_driver: bool = False) -> Iterator[Non
     set_environment()
     import ray
 
-    opened = not ray.is_initialized()
+    opened, submitted = not ray.is_initialized(), handover.KEY in os.environ
     if opened:
         start(cluster, log_to_driver)
     try:
@@ -51,6 +61,8 @@ def connect(cluster: ClusterConfig, log_to_driver: bool = False) -> Iterator[Non
         yield
     finally:
         if opened:
+            if not submitted:
+                handover.withdraw()
             ray.shutdown()
 
 
@@ -62,8 +74,12 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
+        # a submitted job has its key already, and its workers read it
+        values = {} if handover.KEY in os.environ else handover.collect(cluster.env)
+        options: dict[str, Any] = {"runtime_env": handover.offer(values)} if values else {}
         try:
-            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR, **options)
+            handover.publish(values)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
                 f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, or leave "

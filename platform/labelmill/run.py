@@ -31,6 +31,7 @@ from labelmill.data.spec import AnySpec
 from labelmill.errors import UserError
 from labelmill.heads.index import IndexConfig, build_index
 from labelmill.job import Job, resolved
+from labelmill.masking import Formatter
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
 from labelmill.tracking.model import ClassPrior
@@ -333,7 +334,7 @@ def execute(
             report.render(console)
             return report
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
 
 _LONGEST_TEMP = 30
+_OURS = "LABELMILL_RAY_AUTH"  # set where RAY_AUTH_MODE is our choice
 
 # Read when ray is imported; inherited by every Ray process.
 _ENVIRONMENT = {
@@ -34,11 +36,28 @@ def set_environment() -> None:
     """Sets what Ray reads at import, without overriding what the user has set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token" if _has_token() else "disabled"
+        os.environ[_OURS] = "1"
+
+
+def _lock() -> None:
+    """Makes a cluster of our own want a token that only this process and its children have.
+
+    Ray listens on all interfaces, and who can connect can run programs. A mode that the user chose stays.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" or _OURS not in os.environ:
+        return
+    from ray._private.authentication import authentication_token_setup
+
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    setup: Any = authentication_token_setup
+    setup.AuthenticationTokenLoader.instance().reset_cache()
+    setup._enable_token_auth()
 
 
 def _has_token() -> bool:
-    """Whether the user has a token for Ray clusters; without one Ray would make one for a cluster of our own."""
+    """Whether the user has a token for Ray clusters."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
@@ -82,12 +101,13 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
             handover.publish(values)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, or leave "
-                "it out to run on this machine."
+                f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, set "
+                "RAY_AUTH_TOKEN if it wants a token, or leave the address out to run on this machine."
             ) from error
         return
     # an own cluster must not grow beyond what a laptop spares: 30 % of memory is Ray's default, 2 GiB ours
     store = (cluster.object_store_mb or 1024) << 20
+    _lock()
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),

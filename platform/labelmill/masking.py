@@ -8,7 +8,9 @@ import re
 from urllib.parse import urlsplit
 
 _SHORTEST = 6
-_NAMES = re.compile(r"(SECRET|PASSWORD|PASSWD|TOKEN(?!IZER)|CREDENTIAL|PRIVATE_KEY|API_?KEY|_PASS$)(?!.*_(PATH|FILE|URI)$)")
+_NAMES = re.compile(
+    r"(SECRET|PASSWORD|PASSWD|TOKEN(?!IZER)|CREDENTIAL|PRIVATE_KEY|API_?KEY|_PASS$)(?!.*_(PATH|FILE|URI)$)"
+)
 _known: set[str] = set()
 
 

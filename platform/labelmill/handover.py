@@ -8,6 +8,7 @@ environment. The driver deletes the key at the end (`withdraw`).
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -97,7 +98,8 @@ def withdraw() -> None:
     """Deletes the values from the control store. Processes that have them keep them."""
     os.environ.pop(TAKEN, None)
     if key := os.environ.pop(KEY, None):
-        _store().internal_kv_del(key.encode(), False, None)
+        with contextlib.suppress(Exception):  # a cluster that is gone has taken them along
+            _store().internal_kv_del(key.encode(), False, None, timeout=10)
 
 
 def _store() -> Any:

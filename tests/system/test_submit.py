@@ -37,12 +37,11 @@ def known(names):
 
 @workload("mine.known", Job)
 def tells(job, run):
-    import json, ray
-    import mymethods
+    import json, labelmill, mymethods, ray
     run.connect()
     names = ["PLANTED_VALUE", "AWS_SECRET_ACCESS_KEY"]
     found = {"driver": known(names), "task": ray.get(ray.remote(known).remote(names))}
-    (run.folder / "known.json").write_text(json.dumps(found | {"from": mymethods.__file__}))
+    (run.folder / "known.json").write_text(json.dumps(found | {"from": [mymethods.__file__, labelmill.__file__]}))
     raise ZeroDivisionError("no store takes the key " + os.environ["AWS_SECRET_ACCESS_KEY"])
 
 
@@ -57,7 +56,8 @@ def lasting(job, run):
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    with RayHead(cpus=3, token=TOKEN) as head:
+    # labelmill is there, as on a cluster that others use; what a job ships comes first
+    with RayHead(cpus=3, token=TOKEN, PYTHONPATH=str(ROOT / "platform")) as head:
         yield head
 
 
@@ -202,7 +202,7 @@ def test_a_failed_job_and_its_secrets(head: RayHead, here: Path) -> None:
     found = json.loads((here / "runs" / "known" / "known.json").read_text())
     wanted = {name: hashlib.sha256(value.encode()).hexdigest()[:8] for name, value in SECRETS.items()}
     assert found["driver"] == found["task"] == wanted
-    assert str(here) not in found["from"]
+    assert all(str(head.folder / "ray") in place for place in found["from"])
 
     # and nothing else has: output, logs and files of Ray, the run with its database, what the servers tell
     key = json.loads(get(head, "/api/jobs/known-1")[1])["metadata"]["handover"]
@@ -215,6 +215,24 @@ def test_a_failed_job_and_its_secrets(head: RayHead, here: Path) -> None:
         assert value not in done.stdout + done.stderr
         assert not [text for text in told if value in text]
         assert not [path for path in places if value.encode() in path.read_bytes()]
+
+
+def test_a_run_on_a_machine_of_the_cluster_hands_its_variables_over(head: RayHead, here: Path) -> None:
+    script = f"""
+import os, ray
+from labelmill.cluster import connect
+from labelmill.job import ClusterConfig
+with connect(ClusterConfig(address="127.0.0.1:{head.port}", cpus_per_worker=0.1, env=("PLANTED_*",))):
+    print(os.environ["LABELMILL_HANDOVER"])
+    print(ray.get(ray.remote(lambda: os.environ["PLANTED_VALUE"]).remote()))
+print("LABELMILL_HANDOVER" in os.environ)
+"""
+    call, env = [sys.executable, "-c", script], surroundings(here, head, **SECRETS)
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    key, value, kept = done.stdout.split()
+    assert (value, kept) == (SECRETS["PLANTED_VALUE"], "False")
+    assert get(head, f"/api/packages/{key.replace('://', '/')}")[0] == 404
 
 
 def test_what_is_refused(head: RayHead, here: Path) -> None:

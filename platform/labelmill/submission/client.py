@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 ENTRYPOINT = "-m labelmill.cli run-submitted"
+_PATIENCE_S = 15.0
 _MOST_JOB_BYTES = 100_000  # the kernel takes 128 KiB in one variable
 # what Ray writes above the job's own lines
 _RAYS = re.compile(
@@ -373,6 +374,12 @@ def wait(client: JobSubmissionClient, job_id: str) -> JobState:
 def follow(client: JobSubmissionClient, job_id: str, on_line: Callable[[str], None]) -> JobState:
     """Calls `on_line` with each line that the job has printed and prints, until it has ended."""
     tail = _Tail(client, job_id, on_line)
+    began, told = time.monotonic(), False
+    while (found := state(client, job_id)).status == "PENDING":
+        if not told and time.monotonic() > began + _PATIENCE_S:
+            on_line(f"waiting for the cluster: {found.message}")
+            told = True
+        time.sleep(0.3)
     while True:
         before = state(client, job_id)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ def main() -> int:
     settings = {"PATH": path, "HOSTS": str(folder), "COLUMNS": "120", "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"}
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))}
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts go away then, too
     try:
         for where, script in blocks:
             print(f"\033[1m[{where}, {time.monotonic() - began:.0f} s]\033[0m", flush=True)

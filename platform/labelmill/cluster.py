@@ -16,7 +16,7 @@ from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
 
 _LONGEST_TEMP = 30
-_OURS = "LABELMILL_RAY_AUTH"  # set where RAY_AUTH_MODE is our choice
+_OURS = "LABELMILL_RAY_AUTH"  # set where RAY_AUTH_MODE is disabled by our choice
 
 # Read when ray is imported; inherited by every Ray process.
 _ENVIRONMENT = {
@@ -38,22 +38,36 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token" if _has_token() else "disabled"
-        os.environ[_OURS] = "1"
+        if not _has_token():
+            os.environ[_OURS] = "1"
 
 
-def _lock() -> None:
-    """Makes a cluster of our own want a token that only this process and its children have.
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Inside, a cluster that starts wants a token that only its own processes and this one have.
 
     Ray listens on all interfaces, and who can connect can run programs. A mode that the user chose stays.
     """
-    if os.environ.get("RAY_AUTH_MODE") != "disabled" or _OURS not in os.environ:
+    if _OURS not in os.environ:
+        yield
         return
-    from ray._private.authentication import authentication_token_setup
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    _read_auth_mode()
+    try:
+        yield
+    finally:
+        # other programs that this process starts have nothing to do with this cluster
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        del os.environ["RAY_AUTH_TOKEN"]
 
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    setup: Any = authentication_token_setup
-    setup.AuthenticationTokenLoader.instance().reset_cache()
-    setup._enable_token_auth()
+
+def _read_auth_mode() -> None:
+    """Ray reads mode and token once; this makes it look again."""
+    import ray._raylet
+
+    raylet: Any = ray._raylet
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")
 
 
 def _has_token() -> bool:
@@ -96,6 +110,8 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
         # a submitted job has its key already, and its workers read it
         values = {} if handover.KEY in os.environ else handover.collect(cluster.env)
         options: dict[str, Any] = {"runtime_env": handover.offer(values)} if values else {}
+        if _OURS in os.environ:
+            _read_auth_mode()
         try:
             ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR, **options)
             handover.publish(values)
@@ -107,17 +123,17 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
         return
     # an own cluster must not grow beyond what a laptop spares: 30 % of memory is Ray's default, 2 GiB ours
     store = (cluster.object_store_mb or 1024) << 20
-    _lock()
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=log_to_driver,
-        logging_level=logging.ERROR,
-        object_store_memory=store,
-        # Ray puts sockets below it, and a socket's path may have 107 bytes
-        _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
-    )
+    with _locked():
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=log_to_driver,
+            logging_level=logging.ERROR,
+            object_store_memory=store,
+            # Ray puts sockets below it, and a socket's path may have 107 bytes
+            _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
+        )
 
 
 def check_resources(cluster: ClusterConfig) -> None:

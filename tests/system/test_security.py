@@ -340,10 +340,13 @@ def test_a_cluster_of_our_own_is_ours_alone(ray_session: None) -> None:
     address = ray.get_runtime_context().gcs_address
     script = f"import ray; ray.init(address={address!r}); print('in')"
     answers = {}
+    raylet: Any = ray._raylet
+    token = raylet.AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
+    assert token not in json.dumps(dict(os.environ)), "other programs don't inherit it"
     for name, change in (
-        ("ours", {}),
-        ("without a token", {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}),
-        ("with another", {"RAY_AUTH_TOKEN": "0" * 64}),
+        ("ours", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}),
+        ("without a token", {"RAY_AUTH_MODE": "disabled"}),
+        ("with another", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}),
     ):
         done = subprocess.run(
             [sys.executable, "-c", script], env=os.environ | change, capture_output=True, text=True, timeout=90

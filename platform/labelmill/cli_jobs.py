@@ -91,9 +91,11 @@ def submit(
 
 def run_submitted() -> None:
     """Run the job that the environment holds; what a submitted job does on the cluster."""
-    from labelmill.submission.entry import run_submitted
+    from labelmill import api
+    from labelmill.submission.entry import received
 
-    run_submitted(console)
+    with received() as (verb, job, fresh):
+        getattr(api, verb)(job, fresh=fresh, console=console)
 
 
 @jobs_app.command("list")

@@ -143,6 +143,7 @@ def submit(
     job_file: str | Path,
     overrides: Sequence[str] = (),
     *,
+    verb: str = "run",
     fresh: bool = False,
     submission_id: str | None = None,
     workdir: str | Path | None = None,
@@ -156,6 +157,7 @@ def submit(
     """Sends a job file, the code it needs and the variables it names; returns when the job server has it.
 
     Args:
+        verb: function of `labelmill.api` that the driver calls with the job.
         workdir: folder on the cluster in which relative paths of the job are meant; the current one by default.
         packages: installed distributions to ship beside labelmill and the one that announces the workload.
         env: variables as in `cluster.env`, beside those.
@@ -169,7 +171,7 @@ def submit(
     job = check_job(raw, str(job_file))[1]
     values = _values(raw, job, env)
     wheels = [wheel.build(found, values) for found in _distributions(job.workload, packages)]
-    variables = _variables(raw, job_file, fresh, workdir, columns)
+    variables = {"LABELMILL_VERB": verb} | _variables(raw, job_file, fresh, workdir, columns)
     key = handover.new_key()
     submission_id = submission_id or f"{job.name}-{random.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:

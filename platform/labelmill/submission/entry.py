@@ -1,20 +1,25 @@
-"""The driver of a submitted job, on the cluster: what `labelmill run` does, with the job from the environment."""
+"""What the driver of a submitted job does before it runs the job: it takes over what came with it."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
 
 from labelmill import handover, masking
 from labelmill.errors import ClusterError, UserError
-from labelmill.workload import check_job
 
 
-def run_submitted(console: Console) -> None:
-    """Runs the job that `submit` put into the environment. Raises UserError kinds as `labelmill run` does."""
+@contextmanager
+def received() -> Iterator[tuple[str, Path, bool]]:
+    """The verb, the job file and whether to start over, as `submit` put them into the environment.
+
+    Inside, the folder is the one in which relative paths of the job are meant, and RAY_ADDRESS names the cluster. At the
+    end the variables that were handed over are deleted from the cluster. Raises UserError kinds.
+    """
     if "LABELMILL_JOB" not in os.environ:
         raise UserError(
             "run-submitted is what a submitted job runs on the cluster; use labelmill run or labelmill submit."
@@ -23,20 +28,15 @@ def run_submitted(console: Console) -> None:
         raise ClusterError("the variables that came with the job are gone from the cluster; submit it again.")
     masking.know(*os.environ.get(handover.NAMES, "").split())
     try:
-        _run(console)
+        raw = json.loads(os.environ["LABELMILL_JOB"])
+        (raw.get("cluster") or {}).pop("address", None)
+        _enter(Path(os.environ["LABELMILL_WORKDIR"]), str(raw.get("output", "runs")))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / os.environ["LABELMILL_JOB_FILE"]
+            file.write_text(json.dumps(raw), encoding="utf-8")  # which is YAML, too
+            yield os.environ["LABELMILL_VERB"], file, bool(os.environ["LABELMILL_FRESH"])
     finally:
         handover.withdraw()
-
-
-def _run(console: Console) -> None:
-    raw = json.loads(os.environ["LABELMILL_JOB"])
-    # RAY_ADDRESS names the cluster that the job was submitted to
-    (raw.get("cluster") or {}).pop("address", None)
-    _enter(Path(os.environ["LABELMILL_WORKDIR"]), str(raw.get("output", "runs")))
-    method, job = check_job(raw, os.environ["LABELMILL_JOB_FILE"])
-    from labelmill.run import execute
-
-    execute(job, method.run, fresh=bool(os.environ["LABELMILL_FRESH"]), console=console)
 
 
 def _enter(folder: Path, output: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from labelmill import handover, masking
 from labelmill.errors import ClusterError, UserError
 
@@ -33,7 +35,7 @@ def received() -> Iterator[tuple[str, Path, bool]]:
         _enter(Path(os.environ["LABELMILL_WORKDIR"]), str(raw.get("output", "runs")))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / os.environ["LABELMILL_JOB_FILE"]
-            file.write_text(json.dumps(raw), encoding="utf-8")  # which is YAML, too
+            file.write_text(yaml.safe_dump(raw), encoding="utf-8")
             yield os.environ["LABELMILL_VERB"], file, bool(os.environ["LABELMILL_FRESH"])
     finally:
         handover.withdraw()

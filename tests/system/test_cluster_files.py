@@ -59,20 +59,35 @@ def test_launcher_files_are_what_ray_takes(name: str) -> None:
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in config["head_start_ray_commands"][-1]
 
 
-def test_aws_nodes_are_what_ec2_takes() -> None:
-    """Every node's `node_config` as parameters of RunInstances, by botocore's model of it; no key is in the file."""
-    import botocore.session
-    from botocore.validate import ParamValidator
+def test_the_aws_file_makes_what_ec2_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own preparation (roles, keys, subnets, security groups) on an EC2 that moto plays, then RunInstances."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.util import prepare_config
 
-    service = botocore.session.get_session().get_service_model("ec2")
-    shape = service.operation_model("RunInstances").input_shape
-    for node in load("aws.yaml")["available_node_types"].values():
-        given = node["node_config"] | {"MinCount": 1, "MaxCount": 1}
-        assert shape is not None
-        report = ParamValidator().validate(given, shape)
-        assert not report.has_errors(), report.generate_report()
-        unknown = set(given) - set(shape.members)
-        assert not unknown
+    for name, value in {
+        "HOME": str(tmp_path),
+        "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)  # for a new role to be known everywhere
+    (tmp_path / ".ssh").mkdir()
+    with mock_aws():
+        config = aws.bootstrap_aws(prepare_config(load("aws.yaml")))
+        iam = boto3.client("iam")
+        iam.create_instance_profile(InstanceProfileName="labelmill-s3")
+        ec2 = boto3.client("ec2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        for name, node in config["available_node_types"].items():
+            given = dict(node["node_config"]) | {"ImageId": image, "MinCount": 1, "MaxCount": 1}
+            given["SubnetId"] = given.pop("SubnetIds")[0]
+            (made,) = ec2.run_instances(**given)["Instances"]  # botocore refuses what its model doesn't have
+            assert made["InstanceType"] == node["node_config"]["InstanceType"], name
+    assert (tmp_path / ".ssh" / "ray-autoscaler_eu-central-1.pem").is_file()
 
 
 # --- KubeRay ----------------------------------------------------------------------------------------------

@@ -15,3 +15,7 @@ step "data for the tests"
 ci/fashion_mnist.sh || step "no Fashion-MNIST here; the tests that need it say so"
 step "pytest"
 OMP_NUM_THREADS=1 $bin/python -m pytest "$@"
+if [ $# = 0 ]; then
+  step "the walk-through of cluster/README.md"
+  $bin/python ci/walkthrough.py
+fi

@@ -23,9 +23,11 @@ from labelmill import __version__
 from labelmill.cli_checkpoints import checkpoints_app
 from labelmill.cli_data import data_app
 from labelmill.cli_head import head_app
+from labelmill.cli_jobs import add_job_commands
 from labelmill.cli_models import models_app, serve, status
 from labelmill.cli_tune import tune
 from labelmill.errors import UserError
+from labelmill.masking import masked
 
 app = typer.Typer(
     name="labelmill",
@@ -41,6 +43,7 @@ app.add_typer(checkpoints_app, name="checkpoints")
 app.command()(serve)
 app.command()(status)
 app.command()(tune)
+add_job_commands(app)
 
 console = Console()
 
@@ -176,7 +179,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(masked(str(error)))}", highlight=False)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit, typer.Abort) as stop:
         # Ray turns SIGTERM into SystemExit
@@ -191,7 +194,7 @@ def main() -> None:
         name = type(error).__name__
         first = (str(error).strip().splitlines() or [""])[0][:300]
         Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]failed:[/] {escape(f'{name}: {first}')}\nThe traceback is in {place}", highlight=False
+            f"[bold red]failed:[/] {escape(masked(f'{name}: {first}'))}\nThe traceback is in {place}", highlight=False
         )
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -199,7 +202,7 @@ def main() -> None:
 
 def _write_traceback() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="labelmill-", suffix=".log", delete=False) as file:
-        file.write(f"labelmill {__version__}, {' '.join(sys.argv)}\n{traceback.format_exc()}")
+        file.write(f"labelmill {__version__}, {' '.join(sys.argv)}\n{masked(traceback.format_exc())}")
     return file.name
 
 

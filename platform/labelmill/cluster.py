@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from labelmill import handover
 from labelmill.errors import ClusterError
 from labelmill.job import ClusterConfig
 
 _LONGEST_TEMP = 30
 _RELEASE_S = 2.0  # what a job held that has just ended is free a little later
+_OURS = "LABELMILL_RAY_AUTH"  # set where RAY_AUTH_MODE is disabled by our choice
 
 # Read when ray is imported; inherited by every Ray process.
 _ENVIRONMENT = {
@@ -24,7 +29,6 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -35,6 +39,45 @@ def set_environment() -> None:
     """Sets what Ray reads at import, without overriding what the user has set."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token" if _has_token() else "disabled"
+        if not _has_token():
+            os.environ[_OURS] = "1"
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Inside, a cluster that starts wants a token that only its own processes and this one have.
+
+    Ray listens on all interfaces, and who can connect can run programs. A mode that the user chose stays.
+    """
+    if _OURS not in os.environ:
+        yield
+        return
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    _read_auth_mode()
+    try:
+        yield
+    finally:
+        # other programs that this process starts have nothing to do with this cluster
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        del os.environ["RAY_AUTH_TOKEN"]
+
+
+def _read_auth_mode() -> None:
+    """Ray reads mode and token once; this makes it look again."""
+    import ray._raylet
+
+    raylet: Any = ray._raylet
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")
+
+
+def _has_token() -> bool:
+    """Whether the user has a token for Ray clusters."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
 
 
 @contextmanager
@@ -46,7 +89,7 @@ def connect(cluster: ClusterConfig, log_to_driver: bool = False) -> Iterator[Non
     set_environment()
     import ray
 
-    opened = not ray.is_initialized()
+    opened, submitted = not ray.is_initialized(), handover.KEY in os.environ
     if opened:
         start(cluster, log_to_driver)
     try:
@@ -54,6 +97,8 @@ def connect(cluster: ClusterConfig, log_to_driver: bool = False) -> Iterator[Non
         yield
     finally:
         if opened:
+            if not submitted:
+                handover.withdraw()
             ray.shutdown()
 
 
@@ -65,26 +110,33 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
+        # a submitted job has its key already, and its workers read it
+        values = {} if handover.KEY in os.environ else handover.collect(cluster.env)
+        options: dict[str, Any] = {"runtime_env": handover.offer(values)} if values else {}
+        if _OURS in os.environ:
+            _read_auth_mode()
         try:
-            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR, **options)
+            handover.publish(values)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, or leave "
-                "it out to run on this machine."
+                f"cluster.address {address!r} doesn't answer: {error}. Start the cluster, correct the address, set "
+                "RAY_AUTH_TOKEN if it wants a token, or leave the address out to run on this machine."
             ) from error
         return
     # an own cluster must not grow beyond what a laptop spares: 30 % of memory is Ray's default, 2 GiB ours
     store = (cluster.object_store_mb or 1024) << 20
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=log_to_driver,
-        logging_level=logging.ERROR,
-        object_store_memory=store,
-        # Ray puts sockets below it, and a socket's path may have 107 bytes
-        _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
-    )
+    with _locked():
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=log_to_driver,
+            logging_level=logging.ERROR,
+            object_store_memory=store,
+            # Ray puts sockets below it, and a socket's path may have 107 bytes
+            _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
+        )
 
 
 def check_resources(cluster: ClusterConfig) -> None:

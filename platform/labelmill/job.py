@@ -25,12 +25,14 @@ from pydantic import (
     model_validator,
 )
 
+from labelmill import masking
 from labelmill.errors import JobError, did_you_mean
 from labelmill.search_config import SearchConfig
 from labelmill.strict import StrictModel as StrictModel
 
 # --- sections every workload shares ---------------------------------------------------------------------
 
+_VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*\*?$")
 _ENV = re.compile(r"^\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}$")
 
 
@@ -40,6 +42,7 @@ def _secret_from_env(value: Any) -> Any:
         name = match.group(1)
         if name not in os.environ:
             raise ValueError(f"environment variable {name} is not set")
+        masking.know(name)
         return os.environ[name]
     return value
 
@@ -79,6 +82,19 @@ class ClusterConfig(StrictModel):
         None, min_length=1, description="folder or s3:// address that every checkpoint is copied to, in the background"
     )
     object_store_mb: int | None = Field(None, ge=100, description="object store of a cluster that we start, MiB")
+    env: tuple[str, ...] = Field(
+        (),
+        description="environment variables of the calling machine that every process on a cluster gets: names, or "
+        "patterns such as AWS_*; their values are stored nowhere",
+    )
+
+    @field_validator("env")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _VARIABLE.match(name):
+                raise ValueError(f"{name[:20]!r} is no name of an environment variable; give names, never values")
+        return value
 
     @field_validator("address")
     @classmethod
@@ -108,6 +124,16 @@ class TrackingConfig(StrictModel):
     required: bool = Field(
         True, description="a server that doesn't answer at the start stops the run; false: all is sent once it does"
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value and masking.masked(value) != value:
+            raise ValueError(
+                "leave the password out of the address: the job is stored with the run. Write tracking.username and "
+                "tracking.password as ${env:NAME}, or set MLFLOW_TRACKING_URI instead of this field"
+            )
+        return value
 
 
 class Job(StrictModel):
@@ -212,6 +238,14 @@ def resolved(job: Job) -> dict[str, Any]:
     return json.loads(job.model_dump_json())
 
 
+def references(node: Any) -> list[str]:
+    """Names of the environment variables that a raw job refers to as `${env:NAME}`."""
+    if isinstance(node, str):
+        return [match.group(1)] if (match := _ENV.match(node)) else []
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [name for item in items for name in references(item)]
+
+
 def _first_reference(node: Any, path: str = "") -> str | None:
     if isinstance(node, str):
         return path if "${env:" in node else None
@@ -267,7 +301,8 @@ def _explain(root: type[BaseModel], item: Any) -> str:
     if item["type"] == "union_tag_not_found":
         return f"{path}.kind: this field is required; it names the variant."
     message = item["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(item.get("input"), dict | BaseModel) else f" (got {_short(item.get('input'))})"
+    hidden = isinstance(item.get("input"), dict | BaseModel) or any(map(masking.is_secret, shown))
+    given = "" if hidden else f" (got {_short(item.get('input'))})"
     return f"{path or 'job'}: {message}{given}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,6 @@ class ProgressView:
         self._task: TaskID | None = None
         self._stage = ""
         self._began = self._last_line = 0.0
-        self._first_done = 0.0
 
     def __enter__(self) -> ProgressView:
         if self.console.is_terminal:
@@ -56,18 +57,26 @@ class ProgressView:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage begins; its end is printed with the seconds it took."""
-        self._stage, self._began = name, time.monotonic()
-        self._last_line, self._first_done = 0.0, 0.0
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end()
+        self.line(f"{name}: done in {time.monotonic() - self._began:.1f} s")
+
+    def begin(self, name: str) -> None:
+        """A stage begins."""
+        self._stage, self._began, self._last_line = name, time.monotonic(), 0.0
         if self._live:
             self._task = self._live.add_task(name, total=None, text="")
         else:
             self.line(f"{name}: starts")
-        try:
-            yield
-        finally:
-            if self._live and self._task is not None:
-                self._live.remove_task(self._task)
-        self.line(f"{name}: done in {time.monotonic() - self._began:.1f} s")
+
+    def end(self) -> None:
+        """The stage is over."""
+        if self._live and self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
 
     def update(self, done: float, total: float, rate: float = math.nan, text: str = "") -> None:
         """Progress inside the stage: `rate` in samples a second, `text` what else is worth seeing."""
@@ -75,13 +84,53 @@ class ProgressView:
         if math.isfinite(rate):
             parts.append(f"{rate:,.0f} samples/s")
         parts += [part for part in (_eta(done, total, rate, self._began), text) if part]
-        shown = " · ".join(parts)
+        self.show(done, total, " · ".join(parts))
+
+    def show(self, done: float, total: float, text: str) -> None:
+        """Progress inside the stage, already put into words."""
         if self._live and self._task is not None:
-            self._live.update(self._task, completed=done, total=total, text=shown)
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S or done >= total:
+            self._live.update(self._task, completed=done, total=total, text=text)
+        elif time.monotonic() - self._last_line >= _line_every_s() or done >= total:
             self._last_line = time.monotonic()
-            self.line(f"{self._stage}: {shown}")
+            self.line(f"{self._stage}: {text}")
 
     def line(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+_STARTS = re.compile(r"(?P<stage>[\w .-]+): starts")
+_DONE = re.compile(r"(?P<stage>[\w .-]+): done in [\d.]+ s")
+_SHOWN = re.compile(r"(?P<stage>[\w .-]+): (?P<text>(?P<done>[\d,]+) / (?P<total>[\d,]+)( · .*)?)")
+
+
+class Replay:
+    """Shows the plain lines of a run elsewhere as `view` would show the run if it were here."""
+
+    def __init__(self, view: ProgressView) -> None:
+        self.view = view
+        self._stage: str | None = None
+
+    def line(self, text: str) -> None:
+        """One line of the run's output, in order."""
+        if not self.view.console.is_terminal:
+            self.view.line(text)
+        elif match := _STARTS.fullmatch(text):
+            self._stage = match["stage"]
+            self.view.begin(self._stage)
+        elif (match := _SHOWN.fullmatch(text)) and match["stage"] == self._stage:
+            self.view.show(_number(match["done"]), _number(match["total"]), match["text"])
+        else:
+            if (match := _DONE.fullmatch(text)) and match["stage"] == self._stage:
+                self.view.end()
+                self._stage = None
+            self.view.line(text)
+
+
+def _number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _line_every_s() -> float:
+    """Seconds between two lines; a job on a cluster writes more, for those who follow it."""
+    return float(os.environ.get("LABELMILL_PROGRESS_S", _LINE_EVERY_S))

@@ -34,6 +34,7 @@ from labelmill.heads.config import HeadConfig
 from labelmill.heads.index import IndexConfig, build_index
 from labelmill.host import Host, TrainsHereError, turn
 from labelmill.job import Job, resolved
+from labelmill.masking import Formatter
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
 from labelmill.tracking.model import ClassPrior
@@ -508,7 +509,7 @@ def execute(
                     tracker.flush()
             return report
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         try:

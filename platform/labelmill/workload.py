@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +108,22 @@ def _section(markdown: str, name: str) -> str:
 
 def load_job(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Workload, Job]:
     """Reads and validates a job file with the job type of the workload that it names."""
-    raw = read_job_file(path, overrides)
+    return check_job(read_job_file(path, overrides), str(path))
+
+
+def check_job(raw: Mapping[str, Any], source: str) -> tuple[Workload, Job]:
+    """Validates a job file's mapping with the job type of the workload that it names; `source` names it in errors."""
     name = raw.get("workload")
     if not isinstance(name, str):
-        raise JobError(f"{path}: workload: this field is required. Known: {', '.join(workload_names())}.")
+        raise JobError(f"{source}: workload: this field is required. Known: {', '.join(workload_names())}.")
     try:
         method = find_workload(name)
     except JobError as error:
-        raise JobError(f"{path}: {error}") from None
-    return method, validate_job(raw, method.job_type, source=str(path))
+        raise JobError(f"{source}: {error}") from None
+    return method, validate_job(raw, method.job_type, source=source)
+
+
+def distribution_of(name: str) -> Distribution | None:
+    """The installed distribution that announces the method called `name`."""
+    entry = _announced().get(name)
+    return entry.dist if entry else None

@@ -130,7 +130,8 @@ def spelling(job: SpellingJob, run: Run) -> None:
     systems = {"labelmill": ranked_QK.numpy(), "without frequency": ids_QK}
     if job.baselines:
         rules = run.stage("baselines", run_baselines, data=test, k=5)
-        systems |= {name: np.load(rules.folder / f"{name}.npy") for name in ("edit rule", "n-gram nearest")}
+        names = ("edit rule", "n-gram nearest")
+        systems |= {name: np.load(rules.folder / f"{name}.npy", allow_pickle=False) for name in names}
     bands = classes["group"].to_numpy(zero_copy_only=False)[label_QP[:, 0]]
     order = [name for _, name in BANDS if (bands == name).any()]
     report_training(run, Fitted(fit.folder), fit["seconds"])

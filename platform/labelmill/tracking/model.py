@@ -14,6 +14,7 @@ N inputs, C classes, D embedding width, k results.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,7 +49,7 @@ _HEAD_FILE = re.compile(r"(?:rows|head)-(\d+)-(\d+)\.safetensors")
 class HeadShard(StrictModel):
     """File with the rows of the classes [start, stop)."""
 
-    file: str
+    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="in the model's folder, and nowhere else")
     start: int = Field(ge=0)
     stop: int = Field(ge=0)
 
@@ -79,6 +80,7 @@ class ModelSpec(StrictModel):
         num_classes: C; 0 for a model without a head.
         shards: head files in the order of classes.
         dtype: of the head rows.
+        files: sha256 of every other file of the folder, compared when it is read.
         manifest: digest of the training data's manifest.
         code_version: of the labelmill that wrote the model.
         extra: whatever else a workload wants to keep; JSON values.
@@ -98,6 +100,7 @@ class ModelSpec(StrictModel):
     num_classes: int = Field(0, ge=0)
     shards: tuple[HeadShard, ...] = ()
     dtype: str = "float32"
+    files: dict[str, str] = Field(default_factory=dict)
     manifest: str = ""
     code_version: str = ""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -148,9 +151,10 @@ def write_model(
     # copies: safetensors refuses tensors that share memory
     owned = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
     _replace(folder / "encoder.safetensors", lambda path: save_file(owned, path))
+    config = json.loads(encoder.portable(folder).model_dump_json())
     spec = ModelSpec(
         predictor=predictor,
-        encoder=json.loads(encoder.portable(folder).model_dump_json()),
+        encoder=config,
         field=encoder.field,
         input=input_kind,
         shape=_shape(encoder, input_kind, input_shape),
@@ -162,6 +166,7 @@ def write_model(
         num_classes=num_classes,
         shards=shards,
         dtype=dtype,
+        files=_hashes(folder),
         manifest=manifest_digest,
         code_version=code_version,
         extra=dict(extra or {}),
@@ -198,6 +203,17 @@ def _find_shards(folder: Path, num_classes: int, dim: int, normalized: bool) -> 
     if len(dtypes) > 1:
         raise DataError(f"{folder}: head files differ in dtype: {', '.join(sorted(dtypes))}")
     return tuple(HeadShard.model_validate(dict(entry)) for entry in ordered), (dtypes or {"float32"}).pop()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "model.json"]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in found}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -241,6 +257,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
     folder = Path(folder)
     spec = read_spec(folder)
     _rule(spec.predictor)
+    rows = {shard.file for shard in spec.shards}
+    for name in spec.files.keys() - rows:  # rows may be large: when they are opened
+        check_file(folder, spec, name)
     # building draws fresh weights first: leave the caller's random numbers alone
     with torch.random.fork_rng(devices=[]):
         encoder = build_encoder(spec.encoder, root=folder)
@@ -252,6 +271,21 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
         if not (folder / shard.file).is_file():
             raise DataError(f"{folder / shard.file}: missing; it holds the classes [{shard.start}, {shard.stop})")
     return Predictor(folder, spec, encoder, torch.device(device))
+
+
+def check_file(folder: Path, spec: ModelSpec, name: str) -> Path:
+    """A file of a model, whose content is the one that was written. Raises DataError."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder / 'model.json'}: the file {name!r} isn't in the model's folder")
+    wanted = spec.files.get(name)
+    if not path.is_file():
+        raise DataError(f"{path}: missing; it is a file of the model")
+    if wanted and sha256_of(path) != wanted:
+        raise DataError(
+            f"{path}: its content isn't what was written (sha256 differs). Fetch or register the model again."
+        )
+    return path
 
 
 class Predictor:
@@ -278,7 +312,9 @@ class Predictor:
     @cached_property
     def shards(self) -> list[tuple[int, Tensor]]:
         """(first class, rows_RD) of each head file: memory-mapped on the CPU, or copied to the device."""
-        return [(s.start, _map_rows(self.folder / s.file).to(self.device)) for s in self.spec.shards]
+        return [
+            (s.start, _map_rows(check_file(self.folder, self.spec, s.file)).to(self.device)) for s in self.spec.shards
+        ]
 
     def read(self, inputs: Inputs) -> Any:
         """Inputs as `Encoder.prepare` takes them: images decoded, arrays stacked; what was read stays as it is.

@@ -165,7 +165,11 @@ class Report:
         folder = Path(folder)
         if not (folder / _JSON).is_file():
             raise DataError(f"{folder}: no {_JSON} in this folder")
-        return cls.from_json((folder / _JSON).read_text(encoding="utf-8"), root=folder)
+        report = cls.from_json((folder / _JSON).read_text(encoding="utf-8"), root=folder)
+        for name, path in report.figures.items():
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                raise DataError(f"{folder / _JSON}: figure {name!r}: {path} leads out of the report's folder")
+        return report
 
     # --- for people -----------------------------------------------------------------------------------------
 

@@ -166,11 +166,19 @@ def test_the_report_tells_what_reading_met(make_text_data: Callable[..., Manifes
         run.track_data(train=config.training_stream(train, run.folder, "text", 8), test=train)
         folder = run.folder / "fit"
         folder.mkdir()
-        reading = {"kind": "reading", "data": "texts", "rank": 0, "samples": 20, "fetch_seconds": 0.1, "bytes": 7}
+        reading = {
+            "time": 0.0,
+            "kind": "reading",
+            "data": "texts",
+            "rank": 0,
+            "samples": 20,
+            "fetch_seconds": 0.1,
+            "bytes": 7,
+        }
         place = ["shard-000001.arrow", 512, 9, "bad checksum"]
         run._on_event(folder, reading | {"retries": {"HTTP 503": 2}, "damage": [place]})
         run._on_event(folder, reading | {"rank": 1, "retries": {"HTTP 503": 1, "timeout": 1}, "damage": [place]})
-        run._on_event(folder, {"kind": "bad", "data": "texts", "samples": [["s00009", "bad checksum"]]})
+        run._on_event(folder, {"time": 0.0, "kind": "bad", "data": "texts", "samples": [["s00009", "bad checksum"]]})
         run.report_data_health(Fitted(folder))
 
     report = execute(job(tmp_path, 1), health, console=Console(file=io.StringIO()))

@@ -205,7 +205,8 @@ def test_a_cursor_of_another_order_is_refused(make_text_data: Callable[..., Any]
     import json
 
     from labelmill.training.config import TrainConfig
-    from labelmill.training.worker import FitTask, _begin
+    from labelmill.training.resume import _position
+    from labelmill.training.worker import FitTask
 
     spec = StreamSpec(make_text_data(20, 5), "text", 5)
     (tmp_path / "checkpoint.json").write_text(json.dumps({"stream": spec.digest}))
@@ -218,4 +219,4 @@ def test_a_cursor_of_another_order_is_refused(make_text_data: Callable[..., Any]
         task: Any = FitTask(lambda: None, TrainConfig(global_batch=5, steps=2), other)  # type: ignore[arg-type,return-value]
         nothing: Any = None
         with pytest.raises(DataError, match="another data set, seed or shuffle window"):
-            _begin(task, nothing, nothing, tmp_path, nothing)
+            _position(task, nothing, nothing, tmp_path, nothing)

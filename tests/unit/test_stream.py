@@ -209,7 +209,7 @@ def test_a_cursor_of_another_order_is_refused(make_text_data: Callable[..., Any]
     from labelmill.training.worker import FitTask
 
     spec = StreamSpec(make_text_data(20, 5), "text", 5)
-    (tmp_path / "checkpoint.json").write_text(json.dumps({"stream": spec.digest}))
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"stream": spec.digest, "files": {}}))
     others = [
         replace(spec, seed=1),
         replace(spec, window=2),

@@ -18,7 +18,7 @@ from labelmill.training.attempts import Attempts
 from labelmill.training.device import backend
 from labelmill.training.events import Event, Mailbox, RaySink, State
 from labelmill.training.pulse import STOP
-from labelmill.training.room import draining_nodes, free_workers
+from labelmill.training.room import draining_nodes, free_workers, most_workers
 from labelmill.training.worker import FitTask, run_worker
 
 _POLL_S = 0.3
@@ -39,6 +39,23 @@ class Outcome:
 
 class HangError(RuntimeError):
     """Training made no progress for `cluster.hang_limit_s`."""
+
+
+class HostLostError(RuntimeError):
+    """A host went before the attempt had begun."""
+
+
+def _introduction(mailbox: Any) -> Any:
+    """Has Train's controller introduce itself: an attempt that can't start has no other handle to be ended by."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback  # no public callback runs at the start
+
+    class Introduction(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            with contextlib.suppress(Exception):  # training goes without as well
+                mailbox.introduce.remote(ray.get_runtime_context().current_actor)
+
+    return Introduction()
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +86,7 @@ class Attempt:
         self._ticks: dict[int, tuple[int, float]] = {}  # of each rank, and when they last changed here
         self._before: dict[int, tuple[float, int]] = {}
         self._step: int | None = None
+        self._controller: Any = None
         self._stop_why = ""
         self._roomy = False
         self._due = dict.fromkeys(("drain", "grow", "ranks"), time.monotonic())
@@ -130,6 +148,7 @@ class Attempt:
                 name=f"{self._name}-{time.time_ns()}",
                 storage_path=str(self._task.work.resolve() / ".ray"),
                 failure_config=failures,
+                callbacks=[_introduction(self._mailbox)],
             ),
         )
 
@@ -158,7 +177,7 @@ class Attempt:
         from ray.exceptions import GetTimeoutError, RayError
 
         try:
-            events, self._states = ray.get(self._mailbox.drain.remote(), timeout=_END_S)
+            events, self._states, self._controller = ray.get(self._mailbox.drain.remote(), timeout=_END_S)
         except (RayError, GetTimeoutError) as error:
             return error
         for event in events:
@@ -166,6 +185,9 @@ class Attempt:
         now = time.monotonic()
         self._follow(now)
         if self._is_due("drain", _DRAIN_EVERY_S):
+            if len(self._states) < self._workers and (most := most_workers(self._cluster)) < self._workers:
+                # Ray would wait for the host to come back
+                return HostLostError(f"a host was lost before the workers had started; {most} would fit")
             self._heed_drain()
         if self._workers < self._sizes[-1] and self._is_due("grow", self._cluster.resize_every_s):
             self._consider_growth()
@@ -249,10 +271,11 @@ class Attempt:
         self._roomy = bool(larger)
 
     def _end_workers(self) -> None:
-        """Ends what is left of the workers and the mailbox; those of a finished attempt are gone already."""
+        """Ends what is left of workers, controller and mailbox; those of a finished attempt are gone already."""
         import ray
 
-        for actor in [*(state.get("actor") for state in self._states.values()), self._mailbox]:
+        workers = [state.get("actor") for state in self._states.values()]
+        for actor in filter(None, [*workers, self._controller, self._mailbox]):
             with contextlib.suppress(Exception):  # gone, or its host is
                 ray.kill(actor, no_restart=True)
 

@@ -19,7 +19,7 @@ from labelmill.training.device import backend
 from labelmill.training.events import Event, Mailbox, RaySink, State
 from labelmill.training.groups import end_group, this_group
 from labelmill.training.pulse import STOP
-from labelmill.training.room import draining_nodes, free_workers
+from labelmill.training.room import draining_nodes, free_workers, most_workers
 from labelmill.training.worker import FitTask, run_worker
 
 _POLL_S = 0.3
@@ -42,13 +42,30 @@ class HangError(RuntimeError):
     """Training made no progress for `cluster.hang_limit_s`."""
 
 
+class HostLostError(RuntimeError):
+    """A host went before the attempt had begun."""
+
+
+def _introduction(mailbox: Any) -> Any:
+    """Has Train's controller introduce itself: an attempt that can't start has no other handle to be ended by."""
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback  # no public callback runs at the start
+
+    class Introduction(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            with contextlib.suppress(Exception):  # training goes without as well
+                mailbox.introduce.remote(ray.get_runtime_context().current_actor)
+
+    return Introduction()
+
+
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs in each Ray Train worker, where the process group already exists."""
     began = time.time()
     sink = RaySink(config["mailbox"])
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        sink.post(kind="group", **this_group())
+        sink.post(kind="group", group=this_group())
     timing = run_worker(config["task"], rank, world, sink, config["mailbox"])
     return {"started": began, "timing": timing, "ended": time.time()}
 
@@ -72,7 +89,8 @@ class Attempt:
         self._ticks: dict[int, tuple[int, float]] = {}  # of each rank, and when they last changed here
         self._before: dict[int, tuple[float, int]] = {}
         self._step: int | None = None
-        self._group: dict[str, Any] = {"group": ""}
+        self._group = ""  # the workers' placement group
+        self._controller: Any = None
         self._stop_why = ""
         self._roomy = False
         self._due = dict.fromkeys(("drain", "grow", "ranks"), time.monotonic())
@@ -104,7 +122,7 @@ class Attempt:
             if error is None:
                 error = self._look()
         except BaseException:  # the driver is to stop: a trial that isn't to go on, Ctrl-C
-            end_group(**self._group)
+            end_group(self._group, self._controller)
             raise
         finally:
             self._end_workers()
@@ -137,6 +155,7 @@ class Attempt:
                 name=f"{self._name}-{time.time_ns()}",
                 storage_path=str(self._task.work.resolve() / ".ray"),
                 failure_config=failures,
+                callbacks=[_introduction(self._mailbox)],
             ),
         )
 
@@ -165,16 +184,19 @@ class Attempt:
         from ray.exceptions import GetTimeoutError, RayError
 
         try:
-            events, self._states = ray.get(self._mailbox.drain.remote(), timeout=_END_S)
+            events, self._states, self._controller = ray.get(self._mailbox.drain.remote(), timeout=_END_S)
         except (RayError, GetTimeoutError) as error:
             return error
         for event in events:
             if event["kind"] == "group":
-                self._group = {"group": event["group"], "controller": event.pop("controller")}
+                self._group = event["group"]
             self._deliver(event)
         now = time.monotonic()
         self._follow(now)
         if self._is_due("drain", _DRAIN_EVERY_S):
+            if len(self._states) < self._workers and (most := most_workers(self._cluster)) < self._workers:
+                # Ray would wait for the host to come back
+                return HostLostError(f"a host was lost before the workers had started; {most} would fit")
             self._heed_drain()
         if self._workers < self._sizes[-1] and self._is_due("grow", self._cluster.resize_every_s):
             self._consider_growth()
@@ -258,10 +280,11 @@ class Attempt:
         self._roomy = bool(larger)
 
     def _end_workers(self) -> None:
-        """Ends what is left of the workers and the mailbox; those of a finished attempt are gone already."""
+        """Ends what is left of workers, controller and mailbox; those of a finished attempt are gone already."""
         import ray
 
-        for actor in [*(state.get("actor") for state in self._states.values()), self._mailbox]:
+        workers = [state.get("actor") for state in self._states.values()]
+        for actor in filter(None, [*workers, self._controller, self._mailbox]):
             with contextlib.suppress(Exception):  # gone, or its host is
                 ray.kill(actor, no_restart=True)
 

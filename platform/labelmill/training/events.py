@@ -53,6 +53,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._states: dict[int, State] = {}
+        self._controller: Any = None
         self._wish = 0
 
     def put(self, event: Event) -> None:
@@ -64,14 +65,18 @@ class Mailbox:
         self._states[rank] = state
         return self._wish
 
+    def introduce(self, controller: Any) -> None:
+        """Takes the actor that controls the workers."""
+        self._controller = controller
+
     def wish(self, wanted: int) -> None:
         """What all ranks are to do at their next step."""
         self._wish |= wanted
 
-    def drain(self) -> tuple[list[Event], dict[int, State]]:
-        """Takes all events; the ranks' states as they told them last."""
+    def drain(self) -> tuple[list[Event], dict[int, State], Any]:
+        """Takes all events; the ranks' states as they told them last; the controller, once it is there."""
         events, self._events = self._events, []
-        return events, self._states
+        return events, self._states, self._controller
 
 
 class RaySink:

@@ -10,13 +10,12 @@ import contextlib
 from typing import Any
 
 
-def this_group() -> dict[str, Any]:
-    """What a worker tells of its group: the placement group's id, and Ray Train's controller."""
+def this_group() -> str:
+    """The id of the placement group that this worker is in; empty outside of one."""
     import ray
-    from ray.train.v2._internal.execution.context import get_train_context
 
     group = ray.util.get_current_placement_group()
-    return {"group": group.id.hex() if group else "", "controller": get_train_context().controller_actor}
+    return group.id.hex() if group else ""
 
 
 def end_group(group: str, controller: Any = None) -> None:

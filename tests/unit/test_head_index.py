@@ -171,3 +171,19 @@ def test_errors_end_with_code_2(tmp_path: Path) -> None:
     done = subprocess.run([program, "head", "show", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "holds no head" in done.stderr
+
+
+def test_a_write_that_fails_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = ShardedHead(50, 4, HeadConfig(init_std=1.0))
+    write_index(tmp_path, 50, [head.save(tmp_path)])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    faiss = pytest.importorskip("faiss")
+
+    def full(index: Any, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_index(tmp_path, "faiss")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -291,8 +291,12 @@ def _sha256(path: Path) -> str:
 
 def _replace(path: Path, write: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _write_info(folder: Path, info: IndexInfo) -> None:

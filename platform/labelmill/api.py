@@ -170,7 +170,6 @@ def serve(
     port: int = 8000,
     cluster: Mapping[str, Any] | None = None,
     max_batch: int = 32,
-    wait_ms: float = 2.0,
     output: str | Path = "runs",
     tracking: TrackingConfig | None = None,
 ) -> Iterator[tuple[str, str]]:
@@ -189,7 +188,7 @@ def serve(
     config = tracking or TrackingConfig()
     version = registry.resolve(config, output, model)
     pinned = f"{version.name}/{version.version}"
-    asked = ServeConfig(pinned, str(output), config, host, port, section, max_batch, wait_ms)
+    asked = ServeConfig(pinned, str(output), config, host, port, section, max_batch)
     with serving(asked) as url:
         yield url, pinned
 

@@ -209,7 +209,6 @@ def serve(
     cpus: Annotated[float, typer.Option(help="CPUs a replica")] = 0.75,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs a replica")] = 0.0,
     max_batch: Annotated[int, typer.Option(min=1, help="requests answered together")] = 32,
-    wait_ms: Annotated[float, typer.Option(min=0, help="how long the first of them waits for others")] = 2.0,
     address: Annotated[str | None, typer.Option(help="a Ray cluster; else one of its own")] = None,
     output: OutputOption = Path("runs"),
     tracking_uri: UriOption = None,
@@ -219,7 +218,7 @@ def serve(
 
     cluster = {"address": address, "workers": replicas, "cpus_per_worker": cpus, "gpus_per_worker": gpus}
     with api.serve(
-        model, host, port, cluster, max_batch, wait_ms, output, tracking_config(tracking_uri)
+        model, host, port, cluster, max_batch, output, tracking_config(tracking_uri)
     ) as (url, version):  # fmt: skip
         console.print(f"{version} answers on {url}/invocations; stop it with Ctrl-C", highlight=False, soft_wrap=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)

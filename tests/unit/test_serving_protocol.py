@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from labelmill.encoders import build_encoder
 from labelmill.heads.storage import save_range
 from labelmill.serving.protocol import RequestError, read_request
+from labelmill.serving.together import Together
 from labelmill.tracking.model import ClassPrior, ModelSpec, Predictor, load_model, write_model
 
 TEXT = ModelSpec(predictor="topk", encoder={}, field="word", input="text", dim=2)
@@ -120,3 +123,43 @@ def test_a_bad_request_fails_alone(predictor: Predictor) -> None:
     assert len(found[0]) == len(found[3]) == 2
     assert isinstance(found[1], FloatingPointError)
     assert "in_dim" in str(found[2])
+
+
+def test_what_arrives_meanwhile_is_answered_together() -> None:
+    calls: list[list[int]] = []
+
+    def answer(queries: list[int]) -> list[Any]:
+        time.sleep(0.05)
+        calls.append(list(queries))
+        return [ValueError("three") if q == 3 else 10 * q for q in queries]
+
+    async def clients() -> list[Any]:
+        together = Together(answer, most=8)
+        first = asyncio.create_task(together.ask(0))
+        await asyncio.sleep(0.01)
+        rest = [asyncio.create_task(together.ask(q)) for q in range(1, 12)]
+        await asyncio.sleep(0)
+        rest[4].cancel()  # a client that leaves
+        found = await asyncio.gather(first, *rest, return_exceptions=True)
+        return [*found, await together.ask(20)]
+
+    found = asyncio.run(clients())
+    assert calls == [[0], [1, 2, 3, 4, 6, 7, 8], [9, 10, 11], [20]]
+    assert isinstance(found[3], ValueError)
+    assert isinstance(found[5], asyncio.CancelledError)
+    assert [value for value in found if isinstance(value, int)] == [0, 10, 20, 40, 60, 70, 80, 90, 100, 110, 200]
+
+
+def test_a_failure_of_the_function_reaches_everyone_and_ends_nothing() -> None:
+    def answer(queries: list[int]) -> list[Any]:
+        if 1 in queries:
+            raise RuntimeError("broken")
+        return queries
+
+    async def clients() -> list[Any]:
+        together = Together(answer, most=8)
+        both = await asyncio.gather(together.ask(1), together.ask(2), return_exceptions=True)
+        return [*both, await together.ask(3)]
+
+    found = asyncio.run(clients())
+    assert [str(value) for value in found] == ["broken", "broken", "3"]

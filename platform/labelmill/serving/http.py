@@ -28,6 +28,7 @@ from labelmill.errors import ClusterError, UserError
 from labelmill.job import ClusterConfig, TrackingConfig
 from labelmill.serving import protocol
 from labelmill.serving.package import fetch_package
+from labelmill.serving.together import Together
 from labelmill.tracking.model import Predictor, load_model
 
 log = logging.getLogger("labelmill")
@@ -43,7 +44,6 @@ class ServeConfig:
         host, port: of HTTP; loopback unless told otherwise: there is no authentication.
         cluster: `workers` are replicas, with `cpus_per_worker` and `gpus_per_worker` each.
         max_batch: requests answered together.
-        wait_ms: how long the first of them waits for others.
         max_inputs: of a request.
         max_mb: of a request's body.
     """
@@ -55,7 +55,6 @@ class ServeConfig:
     port: int = 8000
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_batch: int = 32
-    wait_ms: float = 2.0
     max_inputs: int = 1024
     max_mb: float = 64.0
 
@@ -71,9 +70,7 @@ class Model:
         self.version, folder = fetch_package(config.tracking, config.output, config.model)
         device = "cuda" if config.cluster.gpus_per_worker else "cpu"
         self.predictor: Predictor = load_model(folder, device)
-        together: Any = self._together
-        together.set_max_batch_size(config.max_batch)
-        together.set_batch_wait_timeout_s(config.wait_ms / 1000)
+        self._together = Together(lambda queries: answer_together(self.predictor, queries), config.max_batch)
 
     async def __call__(self, request: Request) -> Response:
         """Routes: POST /invocations; GET /ping, /health, /model."""
@@ -108,16 +105,10 @@ class Model:
             raw = await asyncio.to_thread(self.predictor.read, query.inputs)
             if not len(raw):
                 return Response(protocol.write_answer([]), media_type="application/json")
-            records: Any = await self._together((raw, query.k))
-            if isinstance(records, Exception):
-                raise records
+            records = await self._together.ask((raw, query.k))
         except (UserError, FloatingPointError) as error:
             return _refusal(400, "BAD_REQUEST", _named(str(error)))
         return Response(await asyncio.to_thread(protocol.write_answer, records), media_type="application/json")
-
-    @serve.batch
-    async def _together(self, queries: list[tuple[Any, int]]) -> list[Any]:
-        return await asyncio.to_thread(answer_together, self.predictor, queries)
 
 
 def _named(text: str) -> str:

@@ -255,11 +255,13 @@ def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(tmp_path: Path
         return bool(ended) and bool(saved - ended)
 
     first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.monotonic() + 240
-    while time.monotonic() < until and first.poll() is None and not half_done():
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    out, _ = first.communicate(timeout=60)
+    try:
+        until = time.monotonic() + 240
+        while time.monotonic() < until and first.poll() is None and not half_done():
+            time.sleep(0.02)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        out, _ = first.communicate(timeout=60)
     done = [record for record in records(tmp_path, "killed") if record.status == "finished"]
     assert 1 <= len(done) < 3, out
     logs = {record.name: (trials / record.name / "console.log").read_text() for record in done}

@@ -97,7 +97,7 @@ def metric_by_parameter(
             panel.set_xlim(-0.5, len(axis.choices) - 0.5)
         else:
             x = axis.values
-            if axis.log:
+            if axis.log and max(x) >= 10 * min(x):
                 panel.set_xscale("log")
         panel.scatter(x, values, c=colours, s=26, zorder=3)
         panel.grid(axis="y", color=GRID, linewidth=0.8)

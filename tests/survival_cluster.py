@@ -128,7 +128,7 @@ def run_story(data: str, folder: Path, short: bool = False) -> dict[str, Any]:
     for name, value in HEALTH.items():
         os.environ[f"RAY_{name}"] = str(value)
     temp = tempfile.mkdtemp(prefix="lms", dir="/tmp")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": temp})
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args={"num_cpus": 1, "temp_dir": temp})
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         story = Story(cluster, folder, short)

@@ -34,7 +34,7 @@ from labelmill.training.checkpoint import (
     restore,
 )
 from labelmill.training.config import TrainConfig
-from labelmill.training.device import worker_device
+from labelmill.training.device import keep_freed_memory, worker_device
 from labelmill.training.engine import Engine, load_dense
 from labelmill.training.events import HistorySink, Sink
 from labelmill.training.loop import PARTS, predict, train
@@ -96,6 +96,7 @@ def run_worker(task: FitTask, rank: int, world: int, sink: Sink) -> dict[str, An
         clock = time.perf_counter()
 
     torch.set_num_threads(task.threads)
+    keep_freed_memory()
     device = worker_device(task.use_gpu)
     torch.manual_seed(task.seed)
     objective = task.objective().to(device)

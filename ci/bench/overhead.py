@@ -5,7 +5,8 @@
 
 Platform: one Ray Train worker, the stream through Ray Data from shards on disk, DeepSpeed, metrics every ten steps, events
 to the driver, Prometheus. Bare: the same encoder and head, batches decoded and prepared beforehand in memory, torch's
-AdamW, nothing else. Both have one torch thread, train the same number of samples a step, and take turns.
+AdamW, nothing else. Both have one torch thread, train the same number of samples a step, and take turns. `keeping` is the
+bare loop with the one setting of the memory allocator that workers make for themselves (training/device.py).
 
 The start is measured in a session in which a run has ended before: from the call of `fit` to the end of the first step.
 Prints Markdown tables; takes about three minutes on two quiet cores.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ from labelmill.encoders.vision import SmallCnnConfig
 from labelmill.heads.config import HeadConfig
 from labelmill.job import ClusterConfig
 from labelmill.training.config import TrainConfig
+from labelmill.training.device import keep_freed_memory
 from labelmill.training.loop import PARTS
 from workloads.discrimination.partial_fc import Classifier
 
@@ -74,8 +77,10 @@ def objective_of() -> partial[Classifier]:
 # --- bare -----------------------------------------------------------------------------------------------------
 
 
-def bare(folder: Path, batch: int, steps: int) -> list[float]:
-    """Seconds of each step of a hand-written loop over batches in memory."""
+def bare(folder: Path, batch: int, steps: int, keeping: bool) -> list[dict[str, float]]:
+    """Seconds of each step of a hand-written loop over batches in memory, whole and by part."""
+    if keeping:
+        keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     objective = objective_of()()
@@ -85,25 +90,30 @@ def bare(folder: Path, batch: int, steps: int) -> list[float]:
     stream.close()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
     objective.train()
-    seconds = []
+    found = []
     for step in range(steps):
-        began = time.perf_counter()
+        times = [time.perf_counter()]
         objective.head.begin_step(1e-3)
         losses = objective(batches[step % len(batches)])
         float(losses.total.detach())
+        times.append(time.perf_counter())
         losses.total.backward()
+        times.append(time.perf_counter())
         optimizer.step()
         objective.head.step(1e-3)
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        times.append(time.perf_counter())
+        seconds = [b - a for a, b in itertools.pairwise(times)]
+        found.append({"step": times[-1] - times[0], **dict(zip(PARTS, [0.0, *seconds], strict=True))})
+    return found
 
 
-def run_bare(folder: Path, batch: int, steps: int) -> list[float]:
-    """`bare` in a process of its own."""
+def run_bare(folder: Path, batch: int, steps: int, keeping: bool) -> list[dict[str, float]]:
+    """`bare` in a process of its own, after the steps that warm up."""
     command = [sys.executable, __file__, "--bare", str(folder), "--batch", str(batch), "--steps", str(steps)]
+    command += ["--keeping"] if keeping else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])[20:]
 
 
 # --- platform -------------------------------------------------------------------------------------------------
@@ -144,20 +154,21 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def show_steps(bares: list[list[float]], platforms: list[list[dict[str, float]]]) -> None:
+def show_steps(rounds: list[dict[str, list[dict[str, float]]]]) -> None:
+    """Rounds hold the steps (or windows of ten) of each loop."""
+    loops = list(rounds[0])
+    means = [{loop: statistics.fmean(w["step"] for w in found[loop]) for loop in loops} for found in rounds]
+    rows = [
+        [str(number), *(f"{1e3 * mean[loop]:.2f}" for loop in loops),
+         *(f"{100 * (mean['platform'] / mean[loop] - 1):+.1f}%" for loop in loops[:2])]
+        for number, mean in enumerate(means, 1)
+    ]  # fmt: skip
+    table(["round", *(f"{loop}, ms a step" for loop in loops), *(f"over {loop}" for loop in loops[:2])], rows)
     rows = []
-    for number, (mine, its) in enumerate(zip(bares, platforms, strict=True), 1):
-        plain, ours = statistics.fmean(mine[20:]), statistics.fmean(w["step"] for w in its)
-        rows.append([str(number), f"{1e3 * plain:.2f}", f"{1e3 * ours:.2f}", f"{100 * (ours / plain - 1):+.1f}%"])
-    plain = statistics.fmean(s for mine in bares for s in mine[20:])
-    ours = statistics.fmean(w["step"] for its in platforms for w in its)
-    rows.append(["all", f"{1e3 * plain:.2f}", f"{1e3 * ours:.2f}", f"{100 * (ours / plain - 1):+.1f}%"])
-    table(["round", "bare, ms a step", "platform, ms a step", "overhead"], rows)
-    every = [w for its in platforms for w in its]
-    parts = {part: statistics.fmean(w[part] for w in every) for part in PARTS}
-    rest = ours - sum(parts.values())
-    table(["part of a platform step", "ms"], [[p, f"{1e3 * s:.2f}"] for p, s in parts.items()]
-          + [["metrics, events, the loop itself", f"{1e3 * rest:.2f}"]])  # fmt: skip
+    for part in ("step", *PARTS):
+        median = {loop: statistics.median(w[part] for found in rounds for w in found[loop]) for loop in loops}
+        rows.append([part, *(f"{1e3 * median[loop]:.2f}" for loop in loops)])
+    table(["median, ms", *loops], rows)
 
 
 def show_start(found: dict[str, Any]) -> None:
@@ -175,9 +186,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--keeping", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        print(json.dumps(bare(options.bare, options.batch, options.steps)))
+        print(json.dumps(bare(options.bare, options.batch, options.steps, options.keeping)))
         return
     from labelmill.cluster import start
 
@@ -187,12 +199,15 @@ def main() -> None:
         start(ClusterConfig(object_store_mb=500))
         run_platform(data, folder / "warm", options.batch, 5, 5)  # the session is warm from here on
         starts = run_platform(data, folder / "start", options.batch, 1, 1)
-        bares, platforms = [], []
+        rounds = []
         for number in range(options.rounds):
-            bares.append(run_bare(folder / "data", options.batch, options.steps))
-            found = run_platform(data, folder / f"fit-{number}", options.batch, options.steps, 10)
-            platforms.append(windows(found, options.batch))
-        show_steps(bares, platforms)
+            found = {
+                name: run_bare(folder / "data", options.batch, options.steps, keeping)
+                for name, keeping in (("bare", False), ("bare, keeping", True))
+            }
+            ours = run_platform(data, folder / f"fit-{number}", options.batch, options.steps, 10)
+            rounds.append(found | {"platform": windows(ours, options.batch)})
+        show_steps(rounds)
         show_start(starts)
 
 

@@ -372,7 +372,7 @@ print(model.predict(["helo", "aple"], params={"k": 1})["class"].tolist())
 print(len(model.predict(["helo"])))
 try:
     model.predict(pd.DataFrame({"id": ["x"], "text": ["helo"]}))
-except ValueError as error:
+except mlflow.exceptions.MlflowException as error:
     print(error)
 import labelmill.tracking.model as used
 print("artifacts" in used.__file__)

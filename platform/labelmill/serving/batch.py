@@ -185,7 +185,10 @@ class ShardPredictor:
     def __init__(self, task: Task, config: TrackingConfig, output: str, threads: int, device: str) -> None:
         import torch
 
+        from labelmill.training.device import keep_freed_memory
+
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self._task = task
         self._predictor = load_model(fetch_package(config, output, task.model)[1], device)
 

@@ -65,6 +65,9 @@ class Model:
     def __init__(self, config: ServeConfig) -> None:
         import torch
 
+        from labelmill.training.device import keep_freed_memory
+
+        keep_freed_memory()
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.config = config
         self.version, folder = fetch_package(config.tracking, config.output, config.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -17,6 +18,24 @@ def worker_device(use_gpu: bool) -> torch.device:
 def backend(use_gpu: bool) -> str:
     """Collective backend of the worker group."""
     return "nccl" if use_gpu else "gloo"
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep memory that is freed, for the next step, instead of giving it back to the kernel.
+
+    Activations of a step are freed and asked for again, and every page of them is then cleared and mapped anew: a fifth
+    of a step on CPUs (Ray runs training in a thread, where glibc gives back even sooner). A user's own allocator or
+    settings (`LD_PRELOAD`, `MALLOC_...`) are left alone. The process's memory stays at its peak.
+    """
+    import ctypes
+
+    if os.environ.get("LD_PRELOAD") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    trim_threshold, mmap_threshold, size = -1, -3, 1 << 30
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, size)
+        libc.mallopt(trim_threshold, size)
 
 
 def quiet_deepspeed() -> None:

@@ -51,6 +51,8 @@ class Engine:
 
         self.objective, self.config, self.device = objective, config, device
         self.world = dist.get_world_size()
+        # one rank has nothing to partition: the same numbers without ZeRO's copies of the gradients (bf16 needs them)
+        self.stage = 0 if self.world == 1 and config.precision == "fp32" else config.zero_stage
         module = _Step(objective)
         decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
@@ -73,7 +75,7 @@ class Engine:
             "gradient_accumulation_steps": config.accumulation,
             # the default is 1.0, which would clip the encoder alone; we clip over encoder and heads together
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": self.stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": config.precision == "bf16"},
             "steps_per_print": 2**31,
@@ -122,7 +124,7 @@ class Engine:
         engine, zero = self._engine, self._engine.optimizer
         engine.zero_grad()
         zero.zero_grad()
-        if self.config.zero_stage in (1, 2):
+        if self.stage in (1, 2):
             for group in zero.averaged_gradients:
                 zero.averaged_gradients[group] = None
             for group in zero.all_grad_tensors:
@@ -132,7 +134,7 @@ class Engine:
                     parameter.grad_accum = None
         # the next micro batch is the first of a step again
         engine.micro_steps -= engine.micro_steps % self.config.accumulation
-        if self.config.zero_stage in (1, 2):
+        if self.stage in (1, 2):
             zero.micro_step_id = -1
 
     def backward(self, losses: Losses) -> None:
@@ -169,7 +171,7 @@ class Engine:
         dense = self._dense_sq_norm()
         norm = math.sqrt(float(heads) + dense)
         factor = min(1.0, limit / norm) if norm > 0 else 1.0
-        if self.config.zero_stage == 0:
+        if self.stage == 0:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
@@ -183,7 +185,7 @@ class Engine:
 
         total = 0.0
         for parameter in self.parameters.values():
-            grad = parameter.grad if self.config.zero_stage == 0 else safe_get_full_grad(parameter)
+            grad = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
             if grad is not None:
                 total += float(grad.double().pow(2).sum())
         return total
@@ -200,13 +202,13 @@ class Engine:
         return state
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
-        if self.config.zero_stage and parameter.requires_grad:
+        if self.stage and parameter.requires_grad:
             from deepspeed.utils import safe_get_full_fp32_param
 
             full = safe_get_full_fp32_param(parameter)
             if full is not None:
                 return full
-        if self.config.zero_stage == 3:
+        if self.stage == 3:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(parameter):
@@ -222,7 +224,7 @@ class Engine:
         return state
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        if self.config.zero_stage == 0:
+        if self.stage == 0:
             return self._engine.optimizer.state[parameter][moment]
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -230,7 +232,7 @@ class Engine:
 
     def _create_moments(self, steps: int = 0) -> None:
         """Zero moments for every partition. Torch makes them in its first step only, and for a partition of padding never."""
-        zero, stage = self._engine.optimizer, self.config.zero_stage
+        zero, stage = self._engine.optimizer, self.stage
         inner = zero if stage == 0 else zero.optimizer
         flats = (
             zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
@@ -252,7 +254,7 @@ class Engine:
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
                 value = moments[f"{moment}.{name}"].to(self.device)
-                if self.config.zero_stage == 0:
+                if self.stage == 0:
                     self._engine.optimizer.state[parameter][moment].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, moment)

@@ -28,7 +28,7 @@ from labelmill.training.checkpoint import Checkpointer, Position, Saving, gather
 from labelmill.training.checkpoint_copies import Copies
 from labelmill.training.checkpoint_files import folder_name
 from labelmill.training.config import TrainConfig
-from labelmill.training.device import worker_device
+from labelmill.training.device import keep_freed_memory, worker_device
 from labelmill.training.engine import Engine
 from labelmill.training.events import HistorySink, Sink
 from labelmill.training.initial import HeadStart
@@ -114,6 +114,7 @@ def _work(task: FitTask, rank: int, world: int, sink: Sink, pulse: Pulse) -> dic
         clock = time.perf_counter()
 
     torch.set_num_threads(task.threads)
+    keep_freed_memory()
     device = worker_device(task.use_gpu)
     copies = Copies(task.checkpoint_to, task.config.keep_checkpoints) if task.checkpoint_to else None
 

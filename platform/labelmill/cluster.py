@@ -40,9 +40,11 @@ def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token" if _has_token() else "disabled"
-        if not _has_token():
-            os.environ[_OURS] = "1"
+        os.environ.pop(_OURS, None)
+        if _has_token():
+            os.environ["RAY_AUTH_MODE"] = "token"
+        else:
+            os.environ |= {"RAY_AUTH_MODE": "disabled", _OURS: "1"}
 
 
 @contextmanager

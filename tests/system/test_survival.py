@@ -78,7 +78,7 @@ def cluster(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 EXPECTED = [
     ("SIGKILL of Train's controller", 2, 2, "ActorDiedError"),
     ("SIGKILL of a raylet", 2, 1, "."),
-    ("two hosts more", 1, 3, "there is room for 3 workers instead of 1"),
+    ("two hosts more", 1, 3, r"there is room for [23] workers instead of 1"),  # they come one after the other
     ("preemption notice", 3, 2, r"1 host\(s\) are about to be taken away"),
     ("a worker stands still (SIGSTOP)", 2, 2, "no progress for"),
 ]

@@ -22,7 +22,6 @@ import psutil
 import pytest
 import yaml
 
-from labelmill.stages import Fitted
 from labelmill.training.attempt import mark_stragglers
 from labelmill.training.attempts import read_attempts
 from labelmill.training.checkpoint_files import step_of
@@ -78,7 +77,7 @@ def cluster(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 EXPECTED = [
     ("SIGKILL of Train's controller", 2, 2, "ActorDiedError"),
     ("SIGKILL of a raylet", 2, 1, "."),
-    ("two hosts more", 1, 3, "there is room for 3 workers instead of 1"),
+    ("two hosts more", 1, 3, r"there is room for [23] workers instead of 1"),  # they come one after the other
     ("preemption notice", 3, 2, r"1 host\(s\) are about to be taken away"),
     ("a worker stands still (SIGSTOP)", 2, 2, "no progress for"),
 ]
@@ -121,10 +120,13 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Pat
 
 def test_ranks_are_shown_with_their_own_share_of_a_step(cluster: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = cluster
-    ranks = Fitted(folder / "work").ranks
-    assert {rank["rank"] for rank in ranks} == {0, 1}
-    assert all(1000 * rank["own_s"] / rank["steps"] >= 50 for rank in ranks), "each sleeps 50 ms a step"
-    assert all(rank["host"] for rank in ranks)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    ranks = [event for event in events if event["kind"] == "ranks"][-1]["ranks"]
+    assert set(ranks) == {"0", "1"}
+    for state in ranks.values():
+        assert 1000 * state["own_s"] / state["steps"] >= 50, "each sleeps 50 ms a step"
+        assert state["own_ms"] >= 50
+        assert state["host"]
 
 
 def test_stragglers_are_those_whose_own_work_takes_longer() -> None:

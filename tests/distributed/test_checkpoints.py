@@ -284,17 +284,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filling(ListSink):
-    """Fills the disk at one step and makes room at another."""
+    """Fills the disk at one step, once the checkpoint before is written, and makes room at another."""
 
-    def __init__(self, disk: Path, full_at: int, room_at: int) -> None:
+    def __init__(self, run: Path, full_at: int, room_at: int) -> None:
         super().__init__()
-        self.filler, self.full_at, self.room_at = disk / "filler", full_at, room_at
+        self.filler, self.checkpoints = run.parent / "filler", run / "checkpoints"
+        self.full_at, self.room_at = full_at, room_at
 
     def post(self, **event: Any) -> None:
         super().post(**event)
         if event["kind"] != "metrics":
             return
         if event["step"] == self.full_at:
+            until = time.monotonic() + 60
+            while not complete(self.checkpoints) and time.monotonic() < until:
+                time.sleep(0.05)
             free = os.statvfs(self.filler.parent)
             with self.filler.open("wb") as out:
                 out.write(bytes(free.f_bavail * free.f_frsize))
@@ -304,14 +308,14 @@ class Filling(ListSink):
 
 def on_small_disk(rank: int, world: int, data: str, disk: str, full: str) -> dict[str, Any]:
     train_locally(rank, world, data, f"{full}/whole", 24)
-    sink = Filling(Path(disk), 6, 17)
+    sink = Filling(Path(disk, "run"), 6, 17)
     options = {"max_failed_checkpoints": 3, "checkpoint_async": True}
     task = fit_task(data, Path(disk, "run"), 24, transport="local", train=options)
     run_worker(task, rank, world, sink if rank == 0 else ListSink())
     notes = [event["text"] for event in sink.events if event["kind"] == "note"]
     lasting = replace(task, work=Path(disk, "lasting"))
     try:
-        run_worker(lasting, rank, world, Filling(Path(disk), 6, 99) if rank == 0 else ListSink())
+        run_worker(lasting, rank, world, Filling(lasting.work, 6, 99) if rank == 0 else ListSink())
     except CheckpointError as error:
         return {"notes": notes, "error": str(error)}
     return {"notes": notes, "error": ""}

@@ -23,9 +23,9 @@ def backend(use_gpu: bool) -> str:
 def keep_freed_memory() -> None:
     """Makes glibc keep memory that is freed, for the next step, instead of giving it back to the kernel.
 
-    Activations of a step are freed and asked for again, and every page of them is then cleared and mapped anew: a fifth
-    of a step on CPUs (Ray runs training in a thread, where glibc gives back even sooner). A user's own allocator or
-    settings (`LD_PRELOAD`, `MALLOC_...`) are left alone. The process's memory stays at its peak.
+    Activations of a step are freed and asked for again, and every page of them is then cleared and mapped anew: 2 to 13 %
+    of a small encoder's CPU time a step (ci/bench/README.md). A user's own allocator or settings (`LD_PRELOAD`,
+    `MALLOC_...`) are left alone. The process's memory stays at its peak.
     """
     import ctypes
 

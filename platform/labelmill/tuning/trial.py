@@ -156,8 +156,6 @@ class Watch:
 
     def finish(self, metrics: Mapping[str, float], seconds: float) -> None:
         """The run has ended: its report decides."""
-        from ray import tune
-
         value = metrics.get(self.search.metric, self.value)
         if value is None:
             raise MetricError(
@@ -167,7 +165,12 @@ class Watch:
         if not math.isfinite(value):
             raise ValueError(f"{self.search.metric} is {value}")
         write_outcome(self.own, status="finished", value=value, step=self.step, seconds=seconds)
-        # done: it is neither compared nor paused any more
+        self.tell_end(value)
+
+    def tell_end(self, value: float) -> None:
+        """Tells Tune that the run has ended: it is neither compared nor paused any more."""
+        from ray import tune
+
         tune.report({"value": value, "step": self.step, **self._budget(self.step), FINAL: True, "done": True})
 
 
@@ -189,6 +192,10 @@ def run_trial(drawn: Mapping[str, Any], root: str) -> None:
     began = time.time()
     if (before := read_record(own)).status == "failed":
         raise TrialError(before.outcome["error"])
+    if before.status == "finished" and before.values == values:
+        # a crash came between its end and Tune's next look at its own state
+        Watch(folder, name, None).tell_end(before.outcome["value"])
+        return
     source = {"trial": pointer.trial, "step": pointer.step} if pointer else None
     append_line(own / "settings.jsonl", {"time": began, "values": values, "from": source})
     try:

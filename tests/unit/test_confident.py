@@ -255,7 +255,7 @@ def test_bad_probabilities_and_labels_are_named() -> None:
     t = np.full(3, 0.5)
     with pytest.raises(DataError, match="row 1 has the probability nan"):
         row_facts(GIVEN[:2], np.array([[0.5, 0.3, 0.2], [np.nan, 0.5, 0.5]]), t)
-    with pytest.raises(DataError, match="probabilities of row 7 add up to 1.5, not 1"):
+    with pytest.raises(DataError, match="probabilities of row 7 add up to"):
         row_facts(GIVEN[:1], np.array([[0.5, 0.5, 0.5]]), t, first_row=7)
     with pytest.raises(DataError, match="row 0 is labelled 3, but the probabilities are over 3 classes"):
         row_facts(np.array([3]), P[:1], t)
@@ -269,4 +269,4 @@ def test_bad_probabilities_and_labels_are_named() -> None:
         find_issues(facts_of(GIVEN, P), "best")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="frac_noise 0"):
         find_issues(facts_of(GIVEN, P), frac_noise=0)
-    assert confident.ABSENT == ThresholdSums(2).thresholds()[0]
+    assert ThresholdSums(2).thresholds()[0] == confident.ABSENT

@@ -104,7 +104,9 @@ def test_aldr_moves_the_temperature_between_its_bounds() -> None:
 def test_scores_are_normalised_as_in_the_paper() -> None:
     torch.testing.assert_close(normalize_scores(F, "l1")[0], torch.tensor([1.5, 0.75, -0.75], dtype=torch.float64))
     soft = normalize_scores(F, "softplus")[0]
-    torch.testing.assert_close(soft, torch.tensor([1.6999779, 1.0496433, 0.2503789], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        soft, torch.tensor([1.6999779, 1.0496433, 0.2503789], dtype=torch.float64), atol=1e-6, rtol=0
+    )
     assert torch.isfinite(normalize_scores(torch.zeros(1, 3), "l1")).all()
     assert kl_to_uniform(torch.tensor([[1.0, 0.0, 0.0]])).item() == pytest.approx(math.log(3))
 

@@ -353,7 +353,9 @@ class SCE(RowLoss):
         return self.alpha * surprise_N + self.beta * self.log_zero * torch.expm1(-surprise_N)
 
 
-Loss = Softmax | SmoothedSoftmax | SoftTargets | MultiSoftmax | Decoupled | MLC | MLCD | BCE | ASL | LDR | MAE | GCE | SCE
+Loss = (
+    Softmax | SmoothedSoftmax | SoftTargets | MultiSoftmax | Decoupled | MLC | MLCD | BCE | ASL | LDR | MAE | GCE | SCE
+)
 LossConfig = Annotated[Loss, Field(discriminator="kind")]
 
 

@@ -96,6 +96,7 @@ def test_an_audit_finds_the_wrong_labels_and_makes_a_new_version(tmp_path: Path,
 @pytest.mark.parametrize("action", ["relabel", "weight"])
 def test_relabelled_and_weighted_versions_train(tmp_path: Path, action: str) -> None:
     """The other actions, on stages alone: what `act` writes is what the classifier takes."""
+    import pyarrow as pa
     import torch
 
     from labelmill.data.config import StreamConfig
@@ -107,19 +108,13 @@ def test_relabelled_and_weighted_versions_train(tmp_path: Path, action: str) -> 
     from workloads.noisy import confident
     from workloads.noisy.audited import AuditedClassifier
 
-    import pyarrow as pa
-
     data = load_manifest(bars(tmp_path / "data", 30, 0))
     keys = [f"s{i:05d}" for i in (4, 9)]
-    pq.write_table(
-        pa.table({"key": keys, "suggested": [0, 2], "by_both": [True, True]}), tmp_path / "issues.parquet"
-    )
+    pq.write_table(pa.table({"key": keys, "suggested": [0, 2], "by_both": [True, True]}), tmp_path / "issues.parquet")
     audit = Stage("audit", "k", tmp_path, {}, 0.0)
     confident.act(None, tmp_path / "act", data, audit, "both", action, 0.25)  # type: ignore[arg-type]
     version = load_manifest(tmp_path / "act" / "data")
-    model = AuditedClassifier(
-        SmallCnnConfig(image_size=SIDE, channels=1, dim=8), HeadConfig(scale=8.0), 3, seed=0, k=2
-    )
+    model = AuditedClassifier(SmallCnnConfig(image_size=SIDE, channels=1, dim=8), HeadConfig(scale=8.0), 3, seed=0, k=2)
     spec = StreamConfig().stream(version, "image", 30, shuffle=False, image_size=SIDE, channels=1)
     (batch,) = RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare)
     loss = model.forward(batch).total

@@ -34,7 +34,9 @@ def write_part(folder: Path, keys: list[str], given: np.ndarray, probs: np.ndarr
 def test_stored_predictions_give_the_audit_of_whole_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     given = rng.integers(0, 5, 400)
-    logits = rng.normal(size=(400, 5)) + 2.5 * np.eye(5)[np.where(rng.random(400) < 0.2, rng.integers(0, 5, 400), given)]
+    logits = (
+        rng.normal(size=(400, 5)) + 2.5 * np.eye(5)[np.where(rng.random(400) < 0.2, rng.integers(0, 5, 400), given)]
+    )
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     keys = [f"s{i}" for i in range(400)]
     for f, lo, hi in ((0, 0, 150), (0, 150, 190), (1, 190, 400)):

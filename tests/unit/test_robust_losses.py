@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from labelmill.errors import DataError
 from labelmill.losses.classification import GCE, LDR, MAE, SCE, Softmax, dense_loss
-from labelmill.losses.sample_state import ALDR, ELR, PlainLDR, kl_to_uniform, ldr_kl, normalize_scores
+from labelmill.losses.sample_state import ALDR, ELR, NormalizedLDR, kl_to_uniform, ldr_kl, normalize_scores
 from labelmill.training.local import spawn
 from labelmill.training.sample_state import SampleState
 
@@ -62,7 +62,7 @@ def test_ldr_agrees_with_the_row_loss_and_has_the_papers_limits() -> None:
     assert ldr_kl(F, torch.tensor([0]), lam, 0.0).item() == pytest.approx(at(Softmax(), 0) - math.log(3))
     assert ldr_kl(F, torch.tensor([1]), 1e-3 * lam, 0.1).item() == pytest.approx(1.1, abs=2e-3)
     assert ldr_kl(F, torch.tensor([1]), 1e6 * lam, 0.1).item() == pytest.approx(-0.2666666667, abs=1e-5)
-    loss, state = PlainLDR(lam=2.0, normalize="none")(F, torch.tensor([1]), torch.zeros(1, 0))
+    loss, state = NormalizedLDR(lam=2.0, normalize="none")(F, torch.tensor([1]), torch.zeros(1, 0))
     assert loss.item() == pytest.approx(at(LDR(lam=2.0), 1))
     assert state.shape == (1, 0)
 

@@ -9,7 +9,7 @@ Shape legend: N samples, K classes, W remembered numbers of a sample.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -125,10 +125,10 @@ class ALDR(_StateLoss):
         return self.value(f_NK, label_N, lam_N), lam_N
 
 
-class PlainLDR(_StateLoss):
+class NormalizedLDR(_StateLoss):
     """LDR-KL on normalised scores, one temperature for all (on a sharded head: head.loss `ldr`, without normalisation)."""
 
-    kind: Literal["ldr"] = "ldr"
+    kind: Literal["ldr_normalized"] = "ldr_normalized"
     lam: float = Field(1.0, ge=1e-3, description="temperature; larger stands more label noise")
     gap: float = Field(0.1, ge=0, description="margin c of the paper")
     normalize: Normalize = Field("softplus", description="of the scores: none, l1, softplus")
@@ -173,5 +173,4 @@ class ELR(_StateLoss):
         return loss_N, target_NK.to(state_NW.dtype)
 
 
-StateLoss = ALDR | ELR | PlainLDR
-StateLossConfig = Annotated[StateLoss, Field(discriminator="kind")]
+StateLoss = ALDR | ELR | NormalizedLDR

@@ -9,6 +9,7 @@ Shape legend: N samples of the data set, B samples of this rank's batch, W numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,11 @@ class SampleState(nn.Module):
             raise DataError(f"samples {a!r} and {b!r} can't be told apart: every sample needs a key of its own.")
         self.register_buffer("values_NW", torch.full((len(hashes), width), initial))
         self.ranks = Ranks()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SampleState:
+        # moves with the module, but stays float32 where the module is cast to bf16
+        self.values_NW = self.values_NW.to(fn(self.values_NW.new_empty(0)).device)
+        return self
 
     @classmethod
     def of(cls, data: Manifest, width: int, initial: float = 0.0) -> SampleState:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
+from labelmill.data.labels import Labels
+from labelmill.data.stream import Batch
+from labelmill.encoders import CharNgramsConfig, build_encoder
 from labelmill.errors import DataError
 from labelmill.losses.coteaching import (
     best_prefix,
@@ -19,7 +27,9 @@ from labelmill.losses.coteaching import (
     prefix_hits,
     small_loss,
 )
+from workloads.noisy.nested_coteaching import CompressedNet, Compression, CoTeaching, CoTeachingSection, NestedJob
 
+ENCODER = CharNgramsConfig(dim=16, buckets=256, hidden=16)
 Z = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
 W = torch.tensor([[1.0, 0.0, 2.0, 0.5], [0.0, 1.0, -1.0, 0.5]], dtype=torch.float64)  # (K, D)
 
@@ -29,7 +39,9 @@ def test_the_distribution_of_prefixes() -> None:
     want = [0.6130382513, 0.2895787655, 0.0829657054, 0.0144172778]
     torch.testing.assert_close(p, torch.tensor(want, dtype=torch.float64), atol=1e-9, rtol=0)
     kept = p.flip(0).cumsum(0).flip(0)
-    torch.testing.assert_close(kept[1:3], torch.tensor([0.3869617487, 0.0973829832], dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        kept[1:3], torch.tensor([0.3869617487, 0.0973829832], dtype=torch.float64), atol=1e-9, rtol=0
+    )
     k = torch.arange(1, 513, dtype=torch.float64)
     for eta, mean in ((10.0, 5.97), (100.0, 56.74)):
         assert float((prefix_distribution(512, eta) * k).sum()) == pytest.approx(mean, abs=0.01)
@@ -110,3 +122,81 @@ def test_small_losses_of_samples_that_are_there() -> None:
         forget_rate(0, 1.0, 0)
     with pytest.raises(DataError, match="eta is 0"):
         prefix_distribution(4, 0)
+
+
+# --- the objectives ---
+
+
+def batch_of(count: int = 8) -> Batch:
+    encoder = build_encoder(ENCODER)
+    words = [f"{'abcd'[i % 4] * 3}{i}" for i in range(count)]
+    ids = torch.arange(count)[:, None] % 4
+    return Batch(words, encoder.prepare(words), Labels("single", ids), torch.ones(count), torch.arange(count))
+
+
+def net(kind: str, seed: int = 0, **options: Any) -> CompressedNet:
+    torch.manual_seed(seed)
+    return CompressedNet(ENCODER, 4, Compression(kind=kind, **options), seed)
+
+
+def test_without_compression_it_is_plain_cross_entropy() -> None:
+    batch, plain = batch_of(), net("none")
+    want = F.cross_entropy(plain.classes(plain.encoder(batch.inputs)), batch.labels.single_B)
+    assert plain.forward(batch).total.item() == want.item()
+    assert net("nested", eta=1e9).drawn_prefix() <= 16
+    wide, narrow = net("nested", eta=1e-2), net("nested", eta=1e9)
+    wide.forward(batch)
+    assert (wide.step.item(), wide.drawn_prefix()) == (1, 1)
+    assert len({narrow.drawn_prefix() for _ in range(20) if narrow.step.add_(1) is not None}) > 3
+
+
+def test_the_classes_of_all_prefixes() -> None:
+    batch, nested = batch_of(), net("nested")
+    found = nested.predict(batch)["by_prefix"]
+    assert found.shape == (8, 16)
+    with torch.no_grad():
+        for k in (1, 7, 16):
+            assert (nested.logits(batch.inputs, k).argmax(1) == found[:, k - 1]).all()
+    assert net("dropout").predict(batch)["by_prefix"].shape == (8, 1)
+
+
+def test_two_nets_teach_each_other(tmp_path: Path) -> None:
+    batch, nets = batch_of(), [net("nested", seed, eta=4.0) for seed in (1, 2)]
+    paths = [str(tmp_path / f"{i}.safetensors") for i in (0, 1)]
+    for one, path in zip(nets, paths, strict=True):
+        save_file(one.state_dict(), path)
+    compression = nets[0].compression
+    both = CoTeaching(ENCODER, 4, compression, paths, [3, 5], CoTeachingSection(rate=0.5), 10, seed=9)
+    first, second = both.judge(batch)
+    with torch.no_grad():
+        want = F.cross_entropy(nets[0].logits(batch.inputs, 3), batch.labels.single_B, reduction="none")
+    torch.testing.assert_close(first, want)
+    both.forward(batch).total.backward()
+    prefix = draw_prefix(16, 4.0, 9, 0)
+    for_first, for_second = cross_selection(first, second, 0.5)
+    for one, rows in zip(nets, (for_first, for_second), strict=True):
+        F.cross_entropy(one.logits(batch.inputs, prefix)[rows], batch.labels.single_B[rows]).backward()
+    for one, own in zip(nets, both.pair, strict=True):
+        torch.testing.assert_close(own.classes.weight.grad, one.classes.weight.grad)
+        assert int(own.prefix) in (3, 5), "the number of channels is part of the model"
+    mean = sum(one.logits(batch.inputs, 16) for one in nets)
+    assert (both.predict(batch)["by_prefix"][:, -1] == mean.argmax(1)).all()
+
+
+def test_jobs_that_cannot_work_are_refused() -> None:
+    data = {"train": "a", "test": "b"}
+    job = {
+        "workload": "noisy.nested_coteaching", "name": "x", "data": data, "encoder": {"kind": "char_ngrams", "dim": 16},
+        "coteaching": {"rate": 0.4}, "train": {"global_batch": 8, "steps": 8}, "cluster": {"workers": 2},
+        "noise": {"kind": "symmetric", "rate": 0.4},
+    }  # fmt: skip
+    second = NestedJob.model_validate(job).second_stage()
+    assert (second.steps, second.learning_rate) == (2, pytest.approx(1e-4))
+    for change, message in (
+        ({"noise": None}, "chosen on clean samples"),
+        ({"train": {"global_batch": 6, "steps": 8}}, "halves a worker's 3 samples"),
+        ({"coteaching": {"rate": 1.0}}, "less than 1"),
+        ({"arms": {"a": {"kind": "nested", "eta": 0}}}, "greater than 0"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            NestedJob.model_validate(job | change)

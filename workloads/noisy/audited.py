@@ -125,7 +125,7 @@ def class_names(data: Manifest) -> list[str]:
 
 def samples_by_key(data: Manifest, keys: Sequence[str], field: str) -> dict[str, Any]:
     """Stored values of a field (bytes, text) of some samples."""
-    wanted, found = pa.array(keys, pa.string()), {}
+    wanted, found = pa.array(keys, pa.string()), dict[str, Any]()
     for i in range(len(data.shards)):
         table = read_shard(data, i)
         table = table.filter(pc.is_in(table.column("key"), value_set=wanted))

@@ -125,7 +125,7 @@ def audit(
     flags = {
         name: find_issues(facts, name, counts, frac_noise=section.frac_noise, rule=section.rule) for name in FILTERS
     }
-    extra, quality = {}, {}
+    extra, quality = dict[str, np.ndarray](), dict[str, dict[str, float]]()
     truth = clean_labels(data) if clean else None
     if truth is not None:
         truth_N = np.array([truth[key] for key in keys.to_pylist()], np.int64)

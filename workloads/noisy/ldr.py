@@ -8,6 +8,7 @@ Shape legend: B samples of this rank, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,7 +153,7 @@ def ldr(job: LdrJob, run: Run) -> None:
         data, noisy_test = noisy.manifest("train"), noisy.manifest("test")
     options = input_options(job.encoder, job.seed)
     stream = job.data.training_stream(data, run.folder / "data", global_batch=job.train.global_batch, **options)
-    look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
+    look: Callable[..., AnySpec] = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
     run.track_data(train=stream, test=test)
     fits = {
         name: run.stage(

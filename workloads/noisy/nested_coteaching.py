@@ -12,6 +12,7 @@ Shape legend: B samples of this rank, D channels, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -157,9 +158,9 @@ class CoTeaching(Objective):
         super().__init__()
         self.nets = nn.ModuleList([CompressedNet(encoder, num_classes, compression, seed) for _ in weights])
         # here, not in `start`: the engine copies weights when it is made
-        for net, path, prefix in zip(self.nets, weights, prefixes, strict=True):
+        for net, path, prefix in zip(self.pair, weights, prefixes, strict=True):
             net.load_state_dict(load_file(path))
-            net.prefix.fill_(prefix)  # type: ignore[union-attr]
+            net.prefix.fill_(prefix)
         self.section, self.ramp_steps = section, int(section.ramp * total_steps)
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
@@ -324,7 +325,7 @@ def nested_coteaching(job: NestedJob, run: Run) -> None:
             "noise", add_noise, train=train, test=test, noise=job.noise, field=job.encoder.field, image=image
         )
         data = noisy.manifest("train")
-    look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
+    look: Callable[..., AnySpec] = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
     stream: AnySpec = job.data.stream(data, global_batch=job.train.global_batch, **options)
     if job.validation:
         validation: AnySpec = look(load_manifest(job.validation))

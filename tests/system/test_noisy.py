@@ -93,6 +93,39 @@ def test_an_audit_finds_the_wrong_labels_and_makes_a_new_version(tmp_path: Path,
     assert np.all(np.diff(issues["self_confidence"].to_numpy()) >= 0), "most suspicious first"
 
 
+SMALL_NETS = {
+    "ldr-fashion.yaml": {
+        "noise": "{kind: symmetric, rate: 0.3}",
+        "losses": "{CE: {kind: softmax}, ALDR: {kind: aldr}}",
+        "train.epochs": 10,
+    },
+    "nested-fashion.yaml": {
+        "noise": "{kind: symmetric, rate: 0.3}",
+        "arms": "{nested: {kind: nested, eta: 8}}",
+        "coteaching.rate": 0.3,
+        "train.epochs": 10,
+    },
+    "rcal-fashion.yaml": {
+        "long_tail": "{largest: 120, ratio: 4}",
+        "noise": "{kind: frequency, rate: 0.2}",
+        "contrast.queue": 64,
+        "contrast_train": "{global_batch: 60, epochs: 4, learning_rate: 0.003}",
+        "arms": "{RCAL: {}}",
+        "train.epochs": 20,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", SMALL_NETS)
+def test_the_other_methods_learn_from_wrong_labels(tmp_path: Path, ray_session: None, job: str) -> None:
+    report = run(job, tmp_path, **SMALL_NETS[job])
+    accuracies = {name: value for name, value in report.metrics.items() if name.startswith("test/")}
+    assert accuracies
+    assert min(accuracies.values()) > 0.6, accuracies
+    assert not any(np.isnan(value) for value in report.metrics.values())
+
+
 @pytest.mark.parametrize("action", ["relabel", "weight"])
 def test_relabelled_and_weighted_versions_train(tmp_path: Path, action: str) -> None:
     """The other actions, on stages alone: what `act` writes is what the classifier takes."""

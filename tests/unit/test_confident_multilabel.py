@@ -13,6 +13,7 @@ from labelmill.evaluation.confident_multilabel import CellJoints, CellSums, samp
 from labelmill.evaluation.reranking import (
     CorrectedAccuracy,
     corrected_accuracy,
+    decide_votes,
     simulate_prevalence,
     swap_prevalence,
     swap_table,
@@ -113,3 +114,21 @@ def test_the_closed_form_is_the_mean_of_simulations() -> None:
         simulate_prevalence(predicted, given, true, 0.01, 0)
     with pytest.raises(DataError, match="no label was corrected"):
         corrected_accuracy(predicted, true, true)
+
+
+def test_votes_decide_by_majority() -> None:
+    votes = {
+        "a": {"given": 4, "guessed": 1},
+        "b": {"guessed": 3, "both": 2},
+        "c": {"both": 5},
+        "d": {"neither": 3},
+        "e": {"given": 2, "guessed": 2, "neither": 1},
+    }
+    want = {"a": "given", "b": "correctable", "c": "both", "d": "neither", "e": "no agreement"}
+    assert decide_votes(votes, set("abcde")) == want
+    with pytest.raises(DataError, match="votes for sample 'e'"):
+        decide_votes(votes, set("abcd"))
+    with pytest.raises(DataError, match="answer 'maybe' is unknown"):
+        decide_votes({"a": {"maybe": 1}}, {"a"})
+    with pytest.raises(DataError, match="given and guessed both have 2 votes"):
+        decide_votes({"a": {"given": 2, "guessed": 2}}, {"a"}, majority=2)

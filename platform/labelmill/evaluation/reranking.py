@@ -9,8 +9,9 @@ Shape legend: N test rows; C the rows whose label was corrected, B the others th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import numpy as np
 
@@ -92,3 +93,38 @@ def swap_table(models: Mapping[str, CorrectedAccuracy]) -> list[tuple[str, str, 
     names = sorted(models, key=lambda name: -models[name].benign)
     found = [(a, b, swap_prevalence(models[a], models[b])) for i, a in enumerate(names) for b in names[i + 1 :]]
     return sorted([f for f in found if not math.isnan(f[2])], key=lambda f: f[2])
+
+
+Verdict = Literal["given", "correctable", "both", "neither", "no agreement"]
+CHOICES = ("given", "guessed", "both", "neither")
+
+
+def decide_votes(
+    votes: Mapping[str, Mapping[str, int]], known: Container[str], majority: int = 3
+) -> dict[str, Verdict]:
+    """What people say of flagged samples: key -> verdict.
+
+    Each was asked whether the given label is right, the guessed one, both, or neither; `majority` equal answers decide.
+    `guessed` makes the label correctable. Everything but `given` counts as an error, also where there is no agreement.
+
+    Args:
+        votes: key -> answer -> number.
+        known: keys of the data set.
+        majority: 3 of 5 in the paper.
+
+    Raises DataError for an unknown key or answer, or a majority that two answers could have.
+    """
+    out: dict[str, Verdict] = {}
+    for key, answers in votes.items():
+        if key not in known:
+            raise DataError(
+                f"votes for sample {key!r}, which the data set doesn't have. Were they cast for another one?"
+            )
+        if wrong := sorted(set(answers) - set(CHOICES)):
+            raise DataError(f"sample {key!r}: answer {wrong[0]!r} is unknown; answers are {', '.join(CHOICES)}.")
+        won = [choice for choice in CHOICES if answers.get(choice, 0) >= majority]
+        if len(won) > 1:
+            raise DataError(f"sample {key!r}: {won[0]} and {won[1]} both have {majority} votes. Use a larger majority.")
+        name = {"given": "given", "guessed": "correctable", "both": "both", "neither": "neither"}
+        out[key] = cast(Verdict, name[won[0]] if won else "no agreement")
+    return out

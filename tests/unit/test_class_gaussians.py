@@ -76,6 +76,14 @@ def test_wrong_labels_far_off_move_the_mean_less_without_outliers() -> None:
     np.testing.assert_allclose(raw.cov_KDD[0], np.cov(z, rowvar=False))
 
 
+def test_a_clump_of_wrong_labels_is_found_with_more_neighbours_than_it_has_rows() -> None:
+    rng = np.random.default_rng(1)
+    z = np.concatenate([rng.normal(size=(900, 2)), rng.normal(size=(100, 2)) + 8])
+    raw, few, many = (class_gaussians(z, np.zeros(1000, int), 1, neighbours=n).mean_KD[0] for n in (0, 20, 150))
+    assert np.linalg.norm(few) < np.linalg.norm(raw)
+    assert np.linalg.norm(many) < 0.2 < 0.9 < np.linalg.norm(few)
+
+
 def test_draws_have_the_mean_and_the_covariance() -> None:
     given = four()
     given.cov_KDD[1] = [[2.0, 0.7], [0.7, 1.0]]

@@ -138,9 +138,14 @@ def test_a_noisy_version_keeps_clean_labels_where_no_stream_reads(make_text_data
     assert all(b.columns == {} for b in batches), "and nothing beside them"
     with pytest.raises(DataError, match="doesn't keep clean labels"):
         read_clean_labels(clean)
+    again = write_noisy_version(clean, tmp_path / "noisy", SymmetricNoise(rate=0.5), overwrite=True)
+    assert again.digest == noisy.digest
     with open(tmp_path / "noisy" / "clean-labels.arrow", "ab") as file:
         file.write(b"x")
     with pytest.raises(DataError, match="changed since they were written"):
+        read_clean_labels(noisy)
+    (tmp_path / "noisy" / "clean-labels.arrow").unlink()
+    with pytest.raises(DataError, match="copy this file as well"):
         read_clean_labels(noisy)
 
 

@@ -109,9 +109,9 @@ def _report_worst(
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     run.report.add_table("worst samples", list(columns), rows, "most suspicious first; issues.parquet has them all")
     if kind == "image":
-        across = 10
+        across = 8
         images = images_by_key(data, keys, field, image)
-        titles = [f"{a[:9]} → {b[:9]}" for a, b in zip(given, suggested, strict=True)]
+        titles = [f"{a[:6]} → {b[:6]}" for a, b in zip(given, suggested, strict=True)]
         down = -(-len(keys) // across)
         missing = down * across - len(keys)
         images = np.concatenate([images, np.full((missing, *images.shape[1:]), 255, np.uint8)])

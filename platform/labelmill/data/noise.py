@@ -232,6 +232,10 @@ def read_clean_labels(manifest: Manifest) -> Mapping[str, int]:
     if "clean_labels" not in about:
         raise DataError(f"data set {manifest.name!r} doesn't keep clean labels: no noise was added to it on purpose.")
     path = store.join(manifest.root, about["clean_labels"])
+    if not store.exists(path):
+        raise DataError(
+            f"{path}: the clean labels aren't here. Copies of a data set have what readers need; copy this file as well."
+        )
     data = store.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != about["clean_labels_sha256"]:
         raise DataError(f"{path}: the clean labels changed since they were written (sha256 differs).")

@@ -163,10 +163,11 @@ def test_the_classes_of_all_prefixes() -> None:
 def test_two_nets_teach_each_other(tmp_path: Path) -> None:
     batch, nets = batch_of(), [net("nested", seed, eta=4.0) for seed in (1, 2)]
     paths = [str(tmp_path / f"{i}.safetensors") for i in (0, 1)]
-    for one, path in zip(nets, paths, strict=True):
+    for one, path, k in zip(nets, paths, (3, 5), strict=True):
+        one.prefix.fill_(k)
         save_file(one.state_dict(), path)
     compression = nets[0].compression
-    both = CoTeaching(ENCODER, 4, compression, paths, [3, 5], CoTeachingSection(rate=0.5), 10, seed=9)
+    both = CoTeaching(ENCODER, 4, compression, paths, CoTeachingSection(rate=0.5), 10, seed=9)
     first, second = both.judge(batch)
     with torch.no_grad():
         want = F.cross_entropy(nets[0].logits(batch.inputs, 3), batch.labels.single_B, reduction="none")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,8 +135,7 @@ class CoTeaching(Objective):
 
     Args:
         encoder, num_classes, compression: as of stage 1.
-        weights: exported files of both nets.
-        prefixes: channels with which either net judges losses: its best of stage 1.
+        weights: exported files of both nets; each holds the number of channels with which it judges losses.
         section: rate, ramp, halves.
         total_steps: of stage 2, for the ramp.
         seed: of the prefixes drawn.
@@ -150,7 +149,6 @@ class CoTeaching(Objective):
         num_classes: int,
         compression: Compression,
         weights: list[str],
-        prefixes: list[int],
         section: CoTeachingSection,
         total_steps: int,
         seed: int,
@@ -158,9 +156,8 @@ class CoTeaching(Objective):
         super().__init__()
         self.nets = nn.ModuleList([CompressedNet(encoder, num_classes, compression, seed) for _ in weights])
         # here, not in `start`: the engine copies weights when it is made
-        for net, path, prefix in zip(self.pair, weights, prefixes, strict=True):
+        for net, path in zip(self.pair, weights, strict=True):
             net.load_state_dict(load_file(path))
-            net.prefix.fill_(prefix)
         self.section, self.ramp_steps = section, int(section.ramp * total_steps)
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
@@ -280,11 +277,8 @@ def fit_second(
     """Stage 2; without `trained` only the mean of both nets of stage 1, the control."""
     assert train.label.num_classes is not None
     weights = [str(stage.folder.resolve() / "export" / "dense.safetensors") for stage in first]
-    prefixes = [stage["prefix"] if compression.kind == "nested" else stage["channels"] for stage in first]
     total = config.total_steps(train.epoch_samples)
-    objective = partial(
-        CoTeaching, encoder, train.label.num_classes, compression, weights, prefixes, section, total, seed
-    )
+    objective = partial(CoTeaching, encoder, train.label.num_classes, compression, weights, section, total, seed)
     fitted = run.fit(folder, objective, train if trained else None, config, predict, augment, seed=seed)
     return {"seconds": fitted.seconds, **_choose(fitted)}
 
@@ -297,17 +291,23 @@ def by_prefix(fitted: Fitted, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choose(fitted: Fitted) -> dict[str, Any]:
-    """The number of channels by validation accuracy, and test accuracy with it."""
+    """The number of channels by validation accuracy, written into the exported model; test accuracy with it."""
     label_Q, found_QD = by_prefix(fitted, "validation")
     if not len(label_Q):
         raise DataError("no validation sample: the number of channels can't be chosen.")
     accuracy_D = (found_QD == label_Q[:, None]).mean(axis=0)
     prefix = best_prefix(torch.from_numpy(accuracy_D))
     test_Q, test_QD = by_prefix(fitted, "test")
-    weight = next(v for k, v in fitted.dense().items() if k.endswith("classes.weight"))
+    state = fitted.dense()
+    channels = next(int(v.shape[1]) for k, v in state.items() if k.endswith("classes.weight"))
+    kept = prefix if len(accuracy_D) > 1 else channels  # without nesting there is one prefix: all
+    chosen = {k: torch.tensor([kept]) for k in state if k.endswith("prefix")}
+    file = fitted.folder / "export" / "dense.safetensors"
+    save_file(state | chosen, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
     return {
         "prefix": prefix,
-        "channels": int(weight.shape[1]),
+        "channels": channels,
         "validation": float(accuracy_D[prefix - 1]),
         "curve": accuracy_D.tolist(),
         "right": int((test_QD[:, prefix - 1] == test_Q).sum()),

@@ -26,9 +26,11 @@ from labelmill.heads.storage import write_index
 from labelmill.losses.classification import (
     ASL,
     BCE,
+    GCE,
     LDR,
     MLC,
     MLCD,
+    SCE,
     Decoupled,
     MultiSoftmax,
     SmoothedSoftmax,
@@ -131,6 +133,10 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "soft_targets": soft,
     "bce": lambda p, n, c, loss, q: F.softplus(-p).sum() + (c * F.softplus(n)).sum(),
     "asl": asymmetric,
+    "gce": lambda p, n, c, loss, q: (1 - (-loss.q * cross_entropy(p[0], n, c)).exp()) / loss.q,
+    "sce": lambda p, n, c, loss, q: (
+        loss.alpha * cross_entropy(p[0], n, c) - 4 * loss.beta * ((-cross_entropy(p[0], n, c)).exp() - 1)
+    ),
     "ldr": lambda p, n, c, loss, q: (
         loss.lam * torch.log((1 + (c * ((n - p[0] + loss.gap) / loss.lam).exp()).sum()) / (1 + c.sum()))
     ),
@@ -261,6 +267,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "asl importance": (1003, 4, {"loss": ASL(gamma_neg=3.0), "sample_rate": 0.1, "importance": True, "scale": 4.0}),
     "ldr": (1003, 1, {"loss": LDR(lam=2.0), "sample_rate": 0.5}),
     "ldr linear": (1003, 1, {"loss": LDR(lam=0.3), "normalize": False, "scale": 1.0}),
+    "gce": (1003, 1, {"loss": GCE(), "sample_rate": 0.5, "scale": 8.0}),
+    "sce linear": (1003, 1, {"loss": SCE(), "normalize": False, "scale": 1.0}),
     "blocks": (1003, 1, {"sampling": BlockSampling(), "sample_rate": 0.2}),
     "blocks strided": (1003, 4, {"sampling": BlockSampling(stride=3), "sample_rate": 0.2, "loss": MLCD()}),
     "blocks importance": (997, 1, {"sampling": BlockSampling(stride=2), "sample_rate": 0.25, "importance": True}),

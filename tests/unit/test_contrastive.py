@@ -51,3 +51,12 @@ def test_prior_ranks_again_and_zero_changes_nothing() -> None:
     ranked, order = with_prior(scores, ids, log_prior, 0.1)
     assert order.tolist() == [[0, 1, 2]], "equal scores keep their order"
     assert ranked[0].tolist() == pytest.approx([0.8, 0.8, -0.1])
+
+
+def test_info_nce_by_hand() -> None:
+    from labelmill.losses.contrastive import info_nce
+
+    query, key = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.8, 0.6]])
+    queue = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert info_nce(query, key, queue, 0.2).item() == pytest.approx(0.0182711071, abs=1e-7)
+    assert info_nce(7 * query, 3 * key, queue, 0.2).item() == pytest.approx(0.0182711071, abs=1e-7)

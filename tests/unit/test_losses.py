@@ -13,9 +13,12 @@ from labelmill.heads.config import HeadConfig
 from labelmill.losses.classification import (
     ASL,
     BCE,
+    GCE,
     LDR,
+    MAE,
     MLC,
     MLCD,
+    SCE,
     Decoupled,
     Loss,
     LossConfig,
@@ -34,7 +37,8 @@ TWO = torch.tensor([[0, 1]])
 ONE = torch.tensor([[0, -1]])
 OF_SUMS = [Softmax(), MultiSoftmax(), Decoupled(), MLC(), MLCD(), MLCD(threshold=0.7)]
 EVERY = [*OF_SUMS, SmoothedSoftmax(), SoftTargets(), BCE(threshold=0.3), ASL(gamma_pos=1.0), ASL(gamma_neg=0.0), LDR()]
-SINGLE = ("softmax", "smoothed_softmax", "ldr")
+EVERY += [MAE(), GCE(), SCE()]
+SINGLE = ("softmax", "smoothed_softmax", "ldr", "mae", "gce", "sce")
 
 
 def close(got: torch.Tensor, want: float | list[float], tolerance: float = 1e-10) -> None:

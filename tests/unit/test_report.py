@@ -126,3 +126,16 @@ def test_markdown_escapes_table_cells(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_cells_for_people(cell: object, text: str) -> None:
     assert format_cell(cell) == text  # type: ignore[arg-type]
+
+
+def test_the_page_is_whole_and_executes_nothing(tmp_path: Path) -> None:
+    report = example(tmp_path)
+    report.notes.append("<script>alert(1)</script> & more")
+    page = (report.save(tmp_path / "report") / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+    assert "data:image/png;base64,iVBORw0KGgo" in page
+    assert page.count("<img") == 1
+    assert "http" not in page
+    assert '<td class="number">1,000,000,000,000</td>' in page
+    assert "head | tail" in page

@@ -134,5 +134,6 @@ def stays(path: str) -> bool:
 
 
 def own_files(manifest: Manifest) -> set[str]:
-    """The files of a data set that lie in its folder, relative to it."""
-    return {path for path, *_ in all_references(manifest) if stays(path)}
+    """The files of a data set that lie in its folder, relative to it: what readers need, and what its origin names beside."""
+    beside = {manifest.created_by[name] for name in ("clean_labels",) if name in manifest.created_by}
+    return {path for path, *_ in all_references(manifest) if stays(path)} | beside

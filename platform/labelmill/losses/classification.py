@@ -329,7 +329,49 @@ class LDR(RowLoss):
         return self.lam * (softplus(negatives_N + self.gap / self.lam - z_N) - torch.log1p(extras.number_N))
 
 
-Loss = Softmax | SmoothedSoftmax | SoftTargets | MultiSoftmax | Decoupled | MLC | MLCD | BCE | ASL | LDR
+class MAE(RowLoss):
+    """Mean absolute error of the softmax (Ghosh et al., AAAI 2017): 2 (1 - p_y). Symmetric, so it stands label noise; slow."""
+
+    kind: Literal["mae"] = "mae"
+
+    def __call__(
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+    ) -> Tensor:
+        surprise_N = softplus(negatives_N - only_positive(logits_pos_NP, mask_NP, self.kind))  # -ln p_y
+        return -2.0 * torch.expm1(-surprise_N)
+
+
+class GCE(RowLoss):
+    """Generalized cross-entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): (1 - p_y^q) / q; q -> 0 is CE, q = 1 half of MAE."""
+
+    kind: Literal["gce"] = "gce"
+    q: float = Field(0.7, gt=0, le=1, description="larger stands more label noise and learns more slowly")
+
+    def __call__(
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+    ) -> Tensor:
+        surprise_N = softplus(negatives_N - only_positive(logits_pos_NP, mask_NP, self.kind))
+        return -torch.expm1(-self.q * surprise_N) / self.q
+
+
+class SCE(RowLoss):
+    """Symmetric cross-entropy (Wang et al., ICCV 2019, eq. 7): alpha CE + beta RCE, with RCE = -A (1 - p_y), A for ln 0."""
+
+    kind: Literal["sce"] = "sce"
+    alpha: float = Field(0.1, ge=0, description="weight of cross-entropy")
+    beta: float = Field(1.0, ge=0, description="weight of reverse cross-entropy")
+    log_zero: float = Field(-4.0, lt=0, description="A: what ln 0 counts as")
+
+    def __call__(
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+    ) -> Tensor:
+        surprise_N = softplus(negatives_N - only_positive(logits_pos_NP, mask_NP, self.kind))
+        return self.alpha * surprise_N + self.beta * self.log_zero * torch.expm1(-surprise_N)
+
+
+Loss = (
+    Softmax | SmoothedSoftmax | SoftTargets | MultiSoftmax | Decoupled | MLC | MLCD | BCE | ASL | LDR | MAE | GCE | SCE
+)
 LossConfig = Annotated[Loss, Field(discriminator="kind")]
 
 

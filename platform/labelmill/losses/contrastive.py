@@ -28,3 +28,18 @@ def in_batch_softmax(
     out_BN = (query_id_B[:, None] == key_id_N[None, :]) | (key_id_N < 0)[None, :]
     out_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
     return F.cross_entropy(logits_BN.masked_fill(out_BN, -torch.inf), own_B, reduction="none")
+
+
+def info_nce(query_BD: Tensor, key_BD: Tensor, queue_MD: Tensor, temperature: float) -> Tensor:
+    """-ln( e^{q.k / t} / (e^{q.k / t} + sum_m e^{q.n_m / t}) ), float32 loss_B (He et al., MoCo, CVPR 2020, eq. 1).
+
+    Args:
+        query_BD: any length, with gradient; cosines are compared.
+        key_BD: the other view of each query, no gradient.
+        queue_MD: unit rows of earlier keys, the negatives.
+        temperature: t.
+    """
+    q_BD, k_BD = F.normalize(query_BD.float(), dim=1), F.normalize(key_BD.detach().float(), dim=1)
+    own_B1 = (q_BD * k_BD).sum(dim=1, keepdim=True)
+    logits = torch.cat([own_B1, q_BD @ queue_MD.float().T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device), reduction="none")

@@ -177,8 +177,9 @@ def image_grid(
     columns: int,
     column_titles: Sequence[str] = (),
     title: str = "",
+    queries: bool = True,
 ) -> Path:
-    """Nearest neighbours: the first column holds the query, set apart by a gap and a frame.
+    """Images in rows. With `queries` (nearest neighbours) the first column is set apart by a gap and a frame.
 
     `images` is uint8 (rows x columns, H, W), (..., H, W, 1) or (..., H, W, 3), row by row; `titles` has one
     text per image (empty for none). Raises ValueError when the numbers don't fit.
@@ -197,7 +198,7 @@ def image_grid(
     top = 1 - ((0.25 if column_titles else 0) + (0.3 if title else 0)) / height
     grid = GridSpec(
         rows, columns + 1, figure, left=0.01, right=0.99, bottom=0.01, top=top - caption / height * 0.9,
-        wspace=0.08, hspace=(caption + 0.05) / side, width_ratios=[1, 0.22, *([1] * (columns - 1))],
+        wspace=0.08, hspace=(caption + 0.05) / side, width_ratios=[1, 0.22 if queries else 0.001, *([1] * (columns - 1))],
     )  # fmt: skip
     for row in range(rows):
         for column in range(columns):
@@ -210,7 +211,7 @@ def image_grid(
             axes.set_yticks([])
             axes.grid(False)
             for spine in axes.spines.values():
-                spine.set_visible(column == 0)
+                spine.set_visible(queries and column == 0)
                 spine.set_color(PALETTE[0])
                 spine.set_linewidth(2)
             if titles and titles[number]:
@@ -251,6 +252,40 @@ def histograms(
     axes.set_ylim(bottom=0)
     _legend(axes)
     _label(axes, xlabel, ylabel, title)
+    return _save(figure, path)
+
+
+def matrix(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    shares: bool = True,
+) -> Path:
+    """A table of numbers as shades, each written in its cell; `shares` writes percent and leaves out what is below 0.5."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    height, width = values.shape
+    side = min(0.62, max(0.26, (_WIDTH - 1.6) / width))
+    figure = _figure(side * height + 1.6, side * width + 1.9)
+    axes = figure.subplots()
+    shades = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", PALETTE[0]])
+    off = values[~np.eye(height, width, dtype=bool)]
+    # the diagonal outshines the errors: shades end where the largest of those lies
+    top = float(off.max(initial=0.0)) or 1.0
+    axes.imshow(np.minimum(values, top), cmap=shades, vmin=0, vmax=top)
+    axes.set_xticks(range(width), columns, rotation=45, ha="right")
+    axes.set_yticks(range(height), rows)
+    for i in range(height):
+        for j in range(width):
+            text = (f"{100 * values[i, j]:.0f}" if values[i, j] >= 0.005 else "") if shares else f"{values[i, j]:,.0f}"
+            color = "white" if min(values[i, j], top) > 0.6 * top else INK
+            axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7.5)
+    _label(axes, xlabel, ylabel, title)
+    axes.grid(False)
     return _save(figure, path)
 
 

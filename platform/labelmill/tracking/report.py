@@ -5,6 +5,7 @@ and turns into JSON, Markdown or terminal output. A folder made by `Report.save`
 
     report.json
     report.md
+    report.html     the same as one page, figures inside
     figures/<name>.png
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labelmill.errors import DataError
+from labelmill.tracking.report_html import to_html
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +29,7 @@ Cell = str | int | float | bool | None
 SCHEMA_VERSION = 1
 _JSON = "report.json"
 _MARKDOWN = "report.md"
+_HTML = "report.html"
 _FIGURES = "figures"
 
 
@@ -155,6 +158,7 @@ class Report:
                 shutil.copyfile(source, target)
             saved[name] = f"{_FIGURES}/{target.name}"
         self.figures, self.root = saved, folder
+        (folder / _HTML).write_text(to_html(self), encoding="utf-8")
         (folder / _MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
         (folder / _JSON).write_text(self.to_json(), encoding="utf-8")
         return folder
@@ -185,7 +189,7 @@ class Report:
         for note in self.notes:
             console.print(Padding(Text(note), (0, 2), expand=False))
         if self.metrics:
-            console.print(_rich_table("metrics", _metrics_table(self.metrics)))
+            console.print(_rich_table("metrics", metrics_table(self.metrics)))
         for name, table in self.tables.items():
             console.print(_rich_table(name, table))
         if self.figures:
@@ -200,7 +204,7 @@ class Report:
         """The report as Markdown, figures linked by their relative path."""
         parts = [f"# {self.title}", *self.notes]
         if self.metrics:
-            parts.append(_markdown_table(_metrics_table(self.metrics)))
+            parts.append(_markdown_table(metrics_table(self.metrics)))
         for name, table in self.tables.items():
             heading = f"## {name}" + (f"\n\n{table.caption}" if table.caption else "")
             parts.append(f"{heading}\n\n{_markdown_table(table)}")
@@ -230,7 +234,8 @@ def format_cell(cell: Cell) -> str:
     return f"{cell:.{decimals}f}"
 
 
-def _metrics_table(metrics: dict[str, float]) -> Table:
+def metrics_table(metrics: dict[str, float]) -> Table:
+    """Metrics as a table."""
     # a metric is a float by type; whole ones (counts) read better without decimals
     rows: list[list[Cell]] = [
         [

@@ -115,8 +115,7 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
         # a submitted job has its key already, and its workers read it
         values = {} if handover.KEY in os.environ else handover.collect(cluster.env)
         options: dict[str, Any] = {"runtime_env": handover.offer(values)} if values else {}
-        if _OURS in os.environ:
-            _read_auth_mode()
+        _read_auth_mode()  # ray may have been imported before the environment was set
         try:
             ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR, **options)
             handover.publish(values)

@@ -130,7 +130,8 @@ def test_the_decoder_in_the_readme_unpacks_packed_tars(tmp_path):
     import webdataset as wds
 
     readme = Path(__file__).resolve().parents[2] / "platform" / "README.md"
-    [code] = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    [code] = [block for block in blocks if "def rows" in block]
     space: dict = {}
     exec(code, space)
     manifest = write_text(tmp_path / "a", 30, "packed", rows_per_member=8, samples_per_shard=16)

@@ -100,7 +100,7 @@ def test_halving_saves_steps_and_a_failure_is_a_row(halved: dict[str, Any]) -> N
     table = report.tables["trials"]
     assert [row[2] for row in table.rows] == ["best", "stopped", "failed"]
     error = table.rows[2][table.columns.index("error")]
-    assert "must be finite" in str(error)
+    assert "NaN or infinite values" in str(error)
     assert f"failed: {error}" in halved["text"]
     assert {"parallel_coordinates", "metric_by_parameter", "learning_curves"} == set(report.figures)
     for name in report.figures:

@@ -111,7 +111,7 @@ def test_the_training_ends_as_if_nothing_had_happened(
 def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = cluster
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    (hang,) = [event for event in events if event["kind"] == "hang"]
+    hang = next(event for event in events if event["kind"] == "hang")
     assert re.search(r"no progress for \d+ s \(rank 0 on .*: .* of step \d+; rank 1 on .*\)", hang["text"])
     stacks = [Path(file).read_text() for file in hang["files"]]
     assert any("forward" in text and "loop.py" in text for text in stacks), hang

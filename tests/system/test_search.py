@@ -223,7 +223,9 @@ def test_trials_with_ray_workers_leave_nothing_behind(tmp_path: Path, ray_sessio
         "max_failed": 0,
     }
     path = search_job(tmp_path, "workers", search, steps=100_000, evaluate_every=200)
-    with pytest.raises(UserError, match=r"1 trials failed, search\.max_failed is 0; the last one: .*NaN or infinite values"):
+    with pytest.raises(
+        UserError, match=r"1 trials failed, search\.max_failed is 0; the last one: .*NaN or infinite values"
+    ):
         tune(path)
     good, broken = sorted(records(tmp_path, "workers"), key=lambda record: record.values["train.learning_rate"])
     assert (good.status, broken.status) == ("running", "failed")

@@ -83,6 +83,7 @@ EXPECTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(EXPECTED)), ids=[fault for fault, *_ in EXPECTED])
 def test_a_fault_costs_one_attempt(cluster: tuple[Path, dict[str, Any]], number: int) -> None:
     _, found = cluster
@@ -99,6 +100,7 @@ def test_a_fault_costs_one_attempt(cluster: tuple[Path, dict[str, Any]], number:
     assert again == 0 if planned else again < 20, f"{again} steps were done again"
 
 
+@pytest.mark.slow
 def test_the_training_ends_as_if_nothing_had_happened(
     cluster: tuple[Path, dict[str, Any]], whole: dict[str, Any]
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_training_ends_as_if_nothing_had_happened(
     assert_as_uninterrupted(folder / "work", whole["work"], same_world=False)
 
 
+@pytest.mark.slow
 def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = cluster
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -118,6 +121,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Pat
     assert all("Thread" in text for text in stacks)
 
 
+@pytest.mark.slow
 def test_ranks_are_shown_with_their_own_share_of_a_step(cluster: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = cluster
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -151,6 +155,7 @@ def hosts(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder, run_module("tests.survival_hosts", whole["data"], folder)
 
 
+@pytest.mark.slow
 def test_a_host_is_cut_off_comes_back_and_is_killed(hosts: tuple[Path, dict[str, Any]], whole: dict[str, Any]) -> None:
     folder, found = hosts
     assert [strike["fault"] for strike in found["strikes"]] == [
@@ -166,6 +171,7 @@ def test_a_host_is_cut_off_comes_back_and_is_killed(hosts: tuple[Path, dict[str,
 # --- the driver ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
     """`labelmill run` is killed with SIGKILL in the middle of training; the same command ends it, in the same MLflow run."""
     data = write_texts(tmp_path)

@@ -15,9 +15,10 @@ from labelmill.data.config import DataConfig
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import MixedSpec, StreamSpec
 from labelmill.errors import UserError
-from labelmill.job import Job, TrackingConfig
+from labelmill.job import Job, TrackingConfig, validate_job
 from labelmill.run import Run, execute
 from labelmill.stages import Fitted, fingerprint, stage_key
+from labelmill.workload import find_workload
 
 CALLS: list[str] = []
 
@@ -190,3 +191,27 @@ def test_the_report_tells_what_reading_met(make_text_data: Callable[..., Manifes
     assert report.metrics["data/bad_samples"] == 1
     assert {"data_train", "data_train_mix_1", "data_test", "stream_train"} <= set(report.meta)
     assert report.meta["data_train_mix_1"] == other.digest
+
+
+def test_a_search_needs_a_held_out_set_of_its_own(make_text_data: Callable[..., Manifest], tmp_path: Path) -> None:
+    train, dev = make_text_data(20, 9, classes=4), make_text_data(12, 9, classes=4, name="dev")
+    other = make_text_data(12, 9, classes=5, name="other")
+    raw = {
+        "workload": "discrimination.partial_fc",
+        "name": "x",
+        "data": {"train": train.root, "test": train.root},
+        "encoder": {"kind": "char_ngrams", "dim": 8},
+        "train": {"global_batch": 4, "steps": 2, "evaluate_every": 1},
+        "search": {"metric": "eval/top1", "goal": "max", "trials": 2, "space": {"train.learning_rate": [0.1, 0.2]}},
+    }
+    job_type = find_workload("discrimination.partial_fc").job_type
+    with pytest.raises(
+        UserError, match=r"eval/top1 would be measured on the test set: name a held-out set in data\.dev"
+    ):
+        validate_job(raw, job_type, source="job.yaml")
+    with_dev: Any = validate_job(raw | {"data": raw["data"] | {"dev": dev.root}}, job_type, source="job.yaml")
+    assert with_dev.data.held_out(train).digest == dev.digest
+    wrong = DataConfig(train=train.root, test=train.root, dev=other.root)
+    with pytest.raises(UserError, match=r"data\.dev .* has labels single of 5 classes"):
+        wrong.open()
+    assert DataConfig(train=train.root, test=train.root).held_out(train) is train

@@ -157,6 +157,14 @@ class PartialFCJob(TrainJob):
         return self.data.open()[0].label.num_classes
 
     @model_validator(mode="after")
+    def _search_leaves_the_test_set_alone(self) -> PartialFCJob:
+        if self.search and self.search.metric.startswith("eval/") and not self.data.dev:
+            raise ValueError(
+                f"search.metric {self.search.metric} would be measured on the test set: name a held-out set in data.dev"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _align_needs_names(self) -> PartialFCJob:
         if self.align and not self.imprint:
             raise ValueError("align compares samples with class names: set imprint to true")
@@ -243,7 +251,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         fit_classifier,
         train=stream,
         predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
-        evaluate=job.data.stream(test, global_batch=job.eval_batch, **options),
+        evaluate=job.data.stream(job.data.held_out(test), global_batch=job.eval_batch, **options),
         encoder=job.encoder,
         head=job.head,
         config=job.train,

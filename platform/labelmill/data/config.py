@@ -132,11 +132,15 @@ class DataConfig(StreamConfig):
 
     train: str = Field(min_length=1, description="folder or URI of the training set")
     test: str = Field(min_length=1, description="folder or URI of the test set")
+    dev: str | None = Field(
+        None, min_length=1, description="held-out set for `train.evaluate_every`; empty: the test set, just to look at"
+    )
 
     def open(self) -> tuple[Manifest, Manifest]:
         """Both manifests. Raises DataError when one is missing, their labels don't fit together, or the cache can't work."""
         train, test = load_manifest(self.train), load_manifest(self.test)
-        for where, other in [("data.test", self.test), *(("data.mix", part.data) for part in self.mix)]:
+        others = [("data.test", self.test), *(("data.mix", part.data) for part in self.mix)]
+        for where, other in [*others, ("data.dev", self.dev)] if self.dev else others:
             label = test.label if where == "data.test" else load_manifest(other).label
             if train.label != label:
                 raise DataError(
@@ -147,6 +151,10 @@ class DataConfig(StreamConfig):
             largest = max(shard.bytes for shard in (*train.shards, *test.shards))
             ShardCache(self.reading.cache_folder, int(self.cache.limit_mb * 2**20)).check(largest)
         return train, test
+
+    def held_out(self, test: Manifest) -> Manifest:
+        """What training is judged by while it goes on: `dev`, or the opened test set without one."""
+        return load_manifest(self.dev) if self.dev else test
 
 
 def _show(label: Any) -> str:

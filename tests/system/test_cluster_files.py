@@ -60,12 +60,6 @@ def test_launcher_files_are_what_ray_takes(name: str) -> None:
 
 
 def test_the_aws_file_makes_what_ec2_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own preparation (roles, keys, subnets, security groups) on an EC2 that moto plays, then RunInstances."""
-    import boto3
-    from moto import mock_aws
-    from ray.autoscaler._private.aws import config as aws
-    from ray.autoscaler._private.util import prepare_config
-
     for name, value in {
         "HOME": str(tmp_path),
         "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
@@ -74,20 +68,38 @@ def test_the_aws_file_makes_what_ec2_takes(tmp_path: Path, monkeypatch: pytest.M
         "AWS_DEFAULT_REGION": "eu-central-1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)  # for a new role to be known everywhere
     (tmp_path / ".ssh").mkdir()
+    # a process of its own: moto's accounts belong to the whole process, and starting it empties those of other tests
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        asked, made = pool.submit(_start_on_ec2).result()
+    assert made == asked
+    assert (tmp_path / ".ssh" / "ray-autoscaler_eu-central-1.pem").is_file()
+
+
+def _start_on_ec2() -> tuple[dict[str, str], dict[str, str]]:
+    """Ray's own preparation (roles, keys, subnets, security groups) on an EC2 that moto plays, then RunInstances.
+
+    Returns:
+        Instance types by node type: those of the file, and those that were started.
+    """
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.util import prepare_config
+
+    aws.time.sleep = lambda seconds: None  # for a new role to be known everywhere
+    asked, started = {}, {}
     with mock_aws():
         config = aws.bootstrap_aws(prepare_config(load("aws.yaml")))
-        iam = boto3.client("iam")
-        iam.create_instance_profile(InstanceProfileName="labelmill-s3")
+        boto3.client("iam").create_instance_profile(InstanceProfileName="labelmill-s3")
         ec2 = boto3.client("ec2")
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         for name, node in config["available_node_types"].items():
             given = dict(node["node_config"]) | {"ImageId": image, "MinCount": 1, "MaxCount": 1}
             given["SubnetId"] = given.pop("SubnetIds")[0]
             (made,) = ec2.run_instances(**given)["Instances"]  # botocore refuses what its model doesn't have
-            assert made["InstanceType"] == node["node_config"]["InstanceType"], name
-    assert (tmp_path / ".ssh" / "ray-autoscaler_eu-central-1.pem").is_file()
+            asked[name], started[name] = node["node_config"]["InstanceType"], made["InstanceType"]
+    return asked, started
 
 
 # --- KubeRay ----------------------------------------------------------------------------------------------

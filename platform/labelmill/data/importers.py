@@ -248,7 +248,7 @@ def import_table(
     source = LabelSource(form, label_column, weight_column, negative_column, separator, num_classes, class_names)
     wanted = [c for c in (text_column, image_column, key_column) if c]
     if text_column is None and image_column is None:
-        raise DataError(f"{where}: name the column of the samples: a text column, an image column, or both.")
+        raise DataError(f"{where}: which column has the samples? Give --text COLUMN, --image COLUMN, or both.")
     table = read_table(where, [*wanted, *source.columns])
     if not table.num_rows:
         raise DataError(f"{where}: the table has no row.")

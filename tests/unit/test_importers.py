@@ -357,7 +357,7 @@ def test_tables_of_other_kinds(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"x\.parquet: not readable"):
         import_table(tmp_path / "x.parquet", tmp_path / "out", text_column="text")
-    with pytest.raises(DataError, match="name the column"):
+    with pytest.raises(DataError, match="which column has"):
         import_table(csv(tmp_path, "a\n1\n"), tmp_path / "out")
 
 

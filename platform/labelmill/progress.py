@@ -92,6 +92,10 @@ class ProgressView:
             self._live.remove_task(self._task)
             self._task = None
 
+    def pause(self) -> None:
+        """The time until the next progress says nothing about the pace: workers start."""
+        self._eta = Eta()
+
     def update(self, done: float, total: float, rate: float = math.nan, text: str = "") -> None:
         """Progress inside the stage: `rate` in samples a second, `text` what else is worth seeing."""
         parts = [f"{done:,.0f} / {total:,.0f}"]

@@ -220,9 +220,13 @@ def index_build(
     probes: Annotated[int | None, typer.Option(help="lists or candidates looked at for a query")] = None,
 ) -> None:
     """Build an index over all rows and put it beside them."""
-    from labelmill.heads.index import build_index
+    from labelmill.heads.index import MODEL, build_index
 
     info = build_index(folder, kind.value, factory, probes)
+    if (folder / MODEL).is_file():
+        from labelmill.tracking.model import note_index
+
+        note_index(folder)
     console.print(
         f"{info.kind} {info.factory}: {info.num_classes:,} classes, {info.bytes / 2**20:,.1f} MiB in "
         f"{info.seconds:.1f} s -> {Path(folder) / info.file}",

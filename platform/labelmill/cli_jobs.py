@@ -40,6 +40,7 @@ def submit(
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="show the run as if it were here, until it ends")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="return when the job has ended")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="search as the job's search section says")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of keeping finished stages")] = False,
     submission_id: Annotated[str | None, typer.Option("--id", help="instead of the job's name and a number")] = None,
     workdir: Annotated[
@@ -58,7 +59,7 @@ def submit(
     ] = False,
     python: Annotated[str, typer.Option(help="the interpreter on the cluster")] = "python",
 ) -> None:
-    """Run a job on a cluster: its driver runs there, and this call may end."""
+    """Run a job on a cluster, or search with it (--tune): its driver runs there, and this call may end."""
     from labelmill.submission import client as jobs
 
     with jobs.connected(address) as server:
@@ -66,6 +67,7 @@ def submit(
             server,
             job,
             overrides or [],
+            verb="tune" if tune else "run",
             fresh=fresh,
             submission_id=submission_id,
             workdir=workdir,
@@ -81,6 +83,8 @@ def submit(
             console.print(f"handed over: {', '.join(sent.variables)}", highlight=False, soft_wrap=True)
             if jobs.travels_openly(address):
                 console.print("they crossed the network unencrypted; an SSH tunnel or https avoids it", style="yellow")
+        if sent.search_left:
+            console.print("runs the job as it is; --tune would search as its search section says", highlight=False)
         if follow:
             _follow(server, sent.id)
         elif wait:

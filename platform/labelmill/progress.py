@@ -16,12 +16,24 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 _LINE_EVERY_S = 5.0
 
 
-def _eta(done: float, total: float, rate: float, began: float) -> str:
-    left = total - done
-    if left <= 0 or done <= 0:
-        return ""
-    seconds = left * (time.monotonic() - began) / done
-    return f"ETA {seconds / 60:.0f} min" if seconds >= 120 else f"ETA {seconds:.0f} s"
+class Eta:
+    """The time that is left, from the progress seen so far: the start of workers before it says nothing about the rest."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None  # time and progress
+        self._done = self._total = 0.0
+
+    def update(self, done: float, total: float, now: float) -> str:
+        """`ETA 35 s`; empty until progress has been seen twice, and at the end."""
+        if self._first is None or done < self._done or total != self._total:
+            # something else is counted now, or a restart has fallen back: what came before was of another pace
+            self._first = (now, done)
+        self._done, self._total = done, total
+        began, before = self._first
+        if done <= before or done >= total:
+            return ""
+        seconds = (total - done) * (now - began) / (done - before)
+        return f"ETA {seconds / 60:.0f} min" if seconds >= 120 else f"ETA {seconds:.0f} s"
 
 
 class ProgressView:
@@ -33,6 +45,7 @@ class ProgressView:
         self._task: TaskID | None = None
         self._stage = ""
         self._began = self._last_line = 0.0
+        self._eta = Eta()
 
     def __enter__(self) -> ProgressView:
         if self.console.is_terminal:
@@ -67,6 +80,7 @@ class ProgressView:
     def begin(self, name: str) -> None:
         """A stage begins."""
         self._stage, self._began, self._last_line = name, time.monotonic(), 0.0
+        self._eta = Eta()
         if self._live:
             self._task = self._live.add_task(name, total=None, text="")
         else:
@@ -78,12 +92,16 @@ class ProgressView:
             self._live.remove_task(self._task)
             self._task = None
 
+    def pause(self) -> None:
+        """The time until the next progress says nothing about the pace: workers start."""
+        self._eta = Eta()
+
     def update(self, done: float, total: float, rate: float = math.nan, text: str = "") -> None:
         """Progress inside the stage: `rate` in samples a second, `text` what else is worth seeing."""
         parts = [f"{done:,.0f} / {total:,.0f}"]
         if math.isfinite(rate):
             parts.append(f"{rate:,.0f} samples/s")
-        parts += [part for part in (_eta(done, total, rate, self._began), text) if part]
+        parts += [part for part in (self._eta.update(done, total, time.monotonic()), text) if part]
         self.show(done, total, " · ".join(parts))
 
     def show(self, done: float, total: float, text: str) -> None:

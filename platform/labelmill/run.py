@@ -274,6 +274,7 @@ class Run:
             case "progress":
                 self.progress.update(event["done"], event["total"], event["rate"], event["text"])
             case "start":
+                self.progress.pause()
                 with open(folder / "starts.jsonl", "a", encoding="utf-8") as out:
                     out.write(json.dumps({k: v for k, v in event.items() if k != "kind"}) + "\n")
                 starts = len((folder / "starts.jsonl").read_text(encoding="utf-8").splitlines())
@@ -411,6 +412,9 @@ def _register(
     kind = data.fields[encoder.field].kind
     if kind == "bytes" or kind == "safetensors" or kind == "arrow":  # written so for mypy
         raise UserError(f"field {encoder.field!r} is {kind}: a registered model takes text, images or arrays.")
+    if index is not None and classes is not None:  # before model.json, which holds the hash of every file
+        info = build_index(package, index.kind, index.factory, index.probes)
+        run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
     write_model(
         package,
         encoder=build_encoder(encoder),
@@ -427,9 +431,6 @@ def _register(
         code_version=__version__,
         extra={"job": resolved(run.job)},
     )
-    if index is not None and classes is not None:
-        info = build_index(package, index.kind, index.factory, index.probes)
-        run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
     version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}

@@ -6,6 +6,7 @@ What a job on a cluster does with secrets is in test_submit.py.
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -26,11 +27,12 @@ import yaml
 
 from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, JobError
+from labelmill.heads.index import build_index, load_index
 from labelmill.heads.storage import save_range
 from labelmill.job import Job, TrackingConfig, read_job_file, resolved, validate_job, validate_section
 from labelmill.masking import masked
 from labelmill.submission import wheel
-from labelmill.tracking.model import load_model, write_model
+from labelmill.tracking.model import load_model, note_index, write_model
 from labelmill.tracking.report import Report
 from labelmill.workload import load_job
 
@@ -257,6 +259,20 @@ def test_a_changed_file_of_a_model_is_refused(model: Path, name: str) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"{path.name}: its content isn't what was written"):
         load_model(model).predict(["red"], 1)
+
+
+def test_an_index_is_the_one_that_its_model_names(model: Path) -> None:
+    pytest.importorskip("faiss")
+    build_index(model)
+    note_index(model)
+    load_index(model)
+    info = json.loads((model / "index.json").read_text())
+    other = (model / "index.faiss").read_bytes()[:-1] + b"x"
+    (model / "index.faiss").write_bytes(other)
+    # whoever changes the index can change its own description, too
+    (model / "index.json").write_text(json.dumps(info | {"sha256": hashlib.sha256(other).hexdigest()}))
+    with pytest.raises(DataError, match=r"index.faiss: isn't the index that .*model.json names"):
+        load_index(model)
 
 
 def test_a_model_names_only_its_own_files(model: Path, tmp_path: Path) -> None:

@@ -346,6 +346,30 @@ def test_the_logged_model_is_plain_files_with_a_signature(local: TrackingConfig,
     assert info.signature.outputs.input_names() == ["input", "rank", "class_id", "class", "score"]
 
 
+def test_what_was_changed_in_the_artifact_store_is_neither_read_nor_run(local: TrackingConfig, output: Path) -> None:
+    from labelmill.serving.package import fetch_package
+
+    with client_env(Store.of(local, output)) as client:
+        folder = Path(client.get_model_version_download_uri("speller", "2").removeprefix("file://"))
+    changes = {
+        "artifacts/model/model.json": '{"format_version": 1}',
+        "pyfunc_model.py": "raise SystemExit('was run')",
+        "code/labelmill/more.py": "x = 1",
+    }
+    for name, content in changes.items():
+        path = folder / name
+        before = path.read_bytes() if path.is_file() else None
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"models:/speller/2: .* what was registered \(sha256 differs\)"):
+            registry.predict(local, output, "speller/2", ["bananna"], k=1)
+        if name.endswith("model.json"):
+            with pytest.raises(DataError, match="what was registered"):
+                fetch_package(local, output, "speller/2")
+        path.unlink() if before is None else path.write_bytes(before)
+    assert fetch_package(local, output, "speller/2")[0].version == 2
+    assert registry.predict(local, output, "speller/2", ["bananna"], k=1)["class"].tolist() == ["banana"]
+
+
 def test_references_that_mean_nothing(local: TrackingConfig, output: Path) -> None:
     for ref, message in (
         ("speler", "'speler' doesn't exist. Did you mean 'speller'"),

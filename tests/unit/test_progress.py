@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from labelmill.progress import ProgressView, Replay
+from labelmill.progress import Eta, ProgressView, Replay
 
 
 def drive(view: ProgressView, look: Callable[[], None]) -> None:
@@ -62,3 +62,15 @@ def test_without_a_terminal_lines_pass_as_they_are() -> None:
         for line in ("fit: starts", "fit: 1 / 2 · 3 samples/s", "[bold]a table[/]", "x" * 90):
             Replay(view).line(line)
     assert out.getvalue().splitlines() == ["fit: starts", "fit: 1 / 2 · 3 samples/s", "[bold]a table[/]", "x" * 90]
+
+
+def test_the_time_left_comes_from_the_progress_alone() -> None:
+    eta = Eta()
+    assert eta.update(10, 800, 100.0) == "", "a hundred seconds of starting workers are no pace"
+    assert eta.update(20, 800, 101.0) == "ETA 78 s"
+    assert eta.update(100, 2000, 102.0) == "", "another total: class rows, then steps"
+    assert eta.update(600, 2000, 112.0) == "ETA 28 s"
+    # workers were lost: 100 s of nothing, and training goes on from an older checkpoint
+    assert eta.update(500, 2000, 212.0) == ""
+    assert eta.update(510, 2000, 213.0) == "ETA 2 min"
+    assert eta.update(2000, 2000, 300.0) == ""

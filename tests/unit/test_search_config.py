@@ -96,7 +96,11 @@ def test_spaces_that_cannot_work_are_named(tmp_path: Path, space: dict[str, Any]
 
 SECTION_ERRORS = [
     ({"metric": "eval/top2"}, ["search.metric", "reports no 'eval/top2'", "Did you mean 'eval/top1'?"]),
-    ({"metric": "test/top1"}, ["asha compares trials while they train", "eval/top1", "train/loss", "scheduler: none"]),
+    (
+        {"metric": "train/final_loss"},
+        ["asha compares trials while they train", "eval/top1", "train/loss", "scheduler: none"],
+    ),
+    ({"metric": "test/top1", "scheduler": None}, ["test/top1 is measured on data.test", "Take eval/top1"]),
     ({"trials": None}, ["search: trials: say how many"]),
     ({"searcher": "grid"}, ["a grid runs every combination once; leave trials out"]),
     ({"searcher": "grid", "trials": None}, ["space.train.learning_rate: a grid needs a few values", "log_uniform"]),

@@ -33,6 +33,7 @@ from labelmill.heads.topk import merge_topk, topk_rows
 from labelmill.job import StrictModel
 
 FILE = "index.json"
+MODEL = "model.json"  # of a packaged model, which knows the hash of its index
 Kind = Literal["faiss", "usearch"]
 CHUNK_BYTES = 64 * 2**20
 
@@ -163,6 +164,8 @@ def load_index(folder: str | Path) -> RowIndex:
     path = folder / Path(info.file).name
     if not path.is_file() or path.stat().st_size != info.bytes or _sha256(path) != info.sha256:
         raise DataError(f"{path}: missing or damaged; build the index again.")
+    if (folder / MODEL).is_file() and _noted(folder / MODEL, path.name) != info.sha256:
+        raise DataError(f"{path}: isn't the index that {folder / MODEL} names; build the index again.")
     if _digest(open_rows(folder)) != info.rows:
         raise DataError(f"{path}: was built from other rows; build the index again.")
     library = _library(info.kind)
@@ -174,6 +177,14 @@ def load_index(folder: str | Path) -> RowIndex:
         index = library.Index.restore(str(path), view=True)
         index.expansion_search = info.probes
     return RowIndex(folder, info, index)
+
+
+def _noted(model: Path, name: str) -> str | None:
+    """The sha256 of a file of a packaged model."""
+    try:
+        return json.loads(model.read_text(encoding="utf-8"))["files"].get(name)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{model}: unreadable: {error}") from error
 
 
 def exact_topk(folder: str | Path, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:

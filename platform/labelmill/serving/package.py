@@ -21,9 +21,9 @@ from labelmill.errors import TrackingError
 from labelmill.job import TrackingConfig
 from labelmill.tracking import registry
 from labelmill.tracking.config import Store, client_env, import_mlflow
+from labelmill.tracking.mlflow_model import PACKAGE, check_package
 from labelmill.tracking.registry import ModelVersion
 
-_INSIDE = "artifacts/model"  # where tracking/mlflow_model.py puts the package
 
 
 def cache_folder() -> Path:
@@ -44,7 +44,8 @@ def cache_folder() -> Path:
 def fetch_package(config: TrackingConfig, output: str | Path, ref: str) -> tuple[ModelVersion, Path]:
     """The version a reference means, and its package (tracking/model.py) as a local folder.
 
-    Raises TrackingError for an unknown reference, or a version that labelmill didn't log.
+    Raises TrackingError for an unknown reference, or a version that labelmill didn't log, DataError for a package that
+    isn't what was registered.
     """
     store = Store.of(config, output)
     with client_env(store) as client:
@@ -52,7 +53,7 @@ def fetch_package(config: TrackingConfig, output: str | Path, ref: str) -> tuple
         uri = client.get_model_version_download_uri(version.name, str(version.version))
         place = urlsplit(uri)
         if place.scheme in ("", "file"):
-            folder = Path(unquote(place.path)) / _INSIDE
+            folder = Path(unquote(place.path)) / PACKAGE
         else:
             key = hashlib.sha256(f"{store.uri}\n{uri}".encode()).hexdigest()[:20]
             folder = cache_folder() / key
@@ -61,6 +62,7 @@ def fetch_package(config: TrackingConfig, output: str | Path, ref: str) -> tuple
                     _download(version, folder)
     if not (folder / "model.json").is_file():
         raise TrackingError(f"{version.name}/{version.version}: no packaged model of labelmill in {uri}.")
+    check_package(folder, version.tags, version.uri)
     return version, folder
 
 
@@ -69,7 +71,7 @@ def _download(version: ModelVersion, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         found = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(part))
-        os.replace(Path(found) / _INSIDE, folder)
+        os.replace(Path(found) / PACKAGE, folder)
     except OSError as error:
         raise TrackingError(f"{version.uri}: its files couldn't be put into {folder.parent}: {error}") from error
     finally:

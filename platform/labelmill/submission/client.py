@@ -40,11 +40,15 @@ _RAYS = re.compile(
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that was handed over: its id, and the addresses and names that were sent, for a person to read."""
+    """A job that was handed over: its id, and the addresses and names that were sent, for a person to read.
+
+    `search_left`: the job could be searched with, and is run.
+    """
 
     id: str
     wheels: tuple[str, ...]
     variables: tuple[str, ...]
+    search_left: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def submit(
     """Sends a job file, the code it needs and the variables it names; returns when the job server has it.
 
     Args:
-        verb: function of `labelmill.api` that the driver calls with the job.
+        verb: function of `labelmill.api` that the driver calls with the job: `run`, or `tune` for its search.
         workdir: folder on the cluster in which relative paths of the job are meant; the current one by default.
         packages: installed distributions to ship beside labelmill and the one that announces the workload.
         env: variables as in `cluster.env`, beside those.
@@ -168,7 +172,11 @@ def submit(
     Raises JobError for what is wrong with the job and ClusterError when the cluster refuses it.
     """
     raw = read_job_file(job_file, overrides)
-    job = check_job(raw, str(job_file))[1]
+    method, job = check_job(raw, str(job_file))
+    if verb == "tune":
+        from labelmill.tuning.check import check_search
+
+        check_search(job, raw, method, str(job_file))
     values = _values(raw, job, env)
     wheels = [wheel.build(found, values) for found in _distributions(job.workload, packages)]
     variables = {"LABELMILL_VERB": verb} | _variables(raw, job_file, fresh, workdir, columns)
@@ -184,13 +192,14 @@ def submit(
                 entrypoint=f"{python} {ENTRYPOINT}",
                 submission_id=submission_id,
                 runtime_env={"py_modules": modules, "env_vars": variables},
-                metadata={"labelmill": __version__, "name": job.name, "workload": job.workload}
+                metadata={"labelmill": __version__, "name": job.name, "workload": job.workload, "verb": verb}
                 | ({"handover": key} if values else {}),
                 entrypoint_num_cpus=driver_cpus or None,
                 # with the head the cluster ends anyway; any other node may be lost alone
                 entrypoint_resources=None if driver_anywhere else {"node:__internal_head__": 0.001},
             )
-    return Submission(submission_id, tuple(found.name for found in wheels), tuple(sorted(values)))
+    names = tuple(found.name for found in wheels)
+    return Submission(submission_id, names, tuple(sorted(values)), verb == "run" and job.search is not None)
 
 
 def _values(raw: Mapping[str, Any], job: Job, env: Sequence[str]) -> dict[str, str]:

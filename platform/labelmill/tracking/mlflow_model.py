@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labelmill.errors import DataError
 from labelmill.tracking.config import client_env, import_mlflow
 from labelmill.tracking.run import Tracker
 
@@ -18,9 +21,14 @@ if TYPE_CHECKING:
 
     from labelmill.tracking.model import ModelSpec
 
+PACKAGE = Path("artifacts/model")  # of a logged model: the packaged one
+MODEL_SUM, CODE_SUM = "labelmill.model_sha256", "labelmill.code_sha256"
 
-def log_model(tracker: Tracker, model_dir: str | Path, name: str = "model") -> LoggedModel:
+
+def log_model(tracker: Tracker, model_dir: str | Path, name: str = "model") -> tuple[LoggedModel, dict[str, str]]:
     """Logs a packaged model to the tracker's run; `.model_uri` of the answer is what `mlflow.pyfunc` loads.
+
+    With it come digests for the registry (`digests`): what the artifact store gives back is compared with them.
 
     The files are copied once, into the artifact store. Raises DataError for a folder that isn't a finished
     model and TrackingError when the store fails.
@@ -36,6 +44,7 @@ def log_model(tracker: Tracker, model_dir: str | Path, name: str = "model") -> L
         model = client.create_logged_model(experiment_id, name, source_run_id=tracker.run_id)
         try:
             folder = _mlflow_folder(Path(temporary, "model"), model_dir, spec, model)
+            sums = digests(folder)
             client.log_model_artifacts(model.model_id, str(folder))
         except BaseException:
             with contextlib.suppress(Exception):  # the store may be what failed
@@ -43,7 +52,44 @@ def log_model(tracker: Tracker, model_dir: str | Path, name: str = "model") -> L
             raise
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         client.log_outputs(tracker.run_id, [LoggedModelOutput(model.model_id, step=0)])
-        return model
+        return model, sums
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the folder of a logged model: the sha256 of its `model.json`, which has those of the packaged model's other
+    files, and one digest of everything that MLflow reads or runs."""
+    from labelmill.tracking.model import sha256_of
+
+    apart = {"registered_model_meta", "__pycache__"}  # the first is MLflow's note of where it was downloaded from
+    outside = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not name.is_relative_to(PACKAGE) and not apart & {*name.parts}:
+            outside.update(f"{name.as_posix()} {sha256_of(path)}\n".encode())
+    return {MODEL_SUM: sha256_of(folder / PACKAGE / "model.json"), CODE_SUM: outside.hexdigest()}
+
+
+def check_package(folder: Path, tags: Mapping[str, str], ref: str) -> None:
+    """Raises DataError when a packaged model isn't the one that the registry knows by `tags`."""
+    from labelmill.tracking.model import sha256_of
+
+    wanted = tags.get(MODEL_SUM)  # versions of an older labelmill have none
+    if wanted and sha256_of(folder / "model.json") != wanted:
+        raise DataError(
+            f"{ref}: {folder / 'model.json'} isn't what was registered (sha256 differs). Somebody changed it in the "
+            "artifact store: register the model again."
+        )
+
+
+def check_logged(folder: Path, tags: Mapping[str, str], ref: str) -> None:
+    """The same for a logged model with the code that MLflow runs. Raises DataError."""
+    check_package(folder / PACKAGE, tags, ref)
+    wanted = tags.get(CODE_SUM)
+    if wanted and digests(folder)[CODE_SUM] != wanted:
+        raise DataError(
+            f"{ref}: the code or settings in {folder} aren't what was registered (sha256 differs). Nothing of it was run; "
+            "register the model again."
+        )
 
 
 def _mlflow_folder(path: Path, model_dir: Path, spec: ModelSpec, model: LoggedModel) -> Path:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ from labelmill.job import StrictModel
 FORMAT_VERSION = 1
 InputKind = Literal["text", "image", "array"]
 Inputs = Sequence[str] | Sequence[bytes] | np.ndarray
+_INDEX_FILES, _INDEX_INFO = "index.*", "index.json"  # of heads/index.py
 _HEAD_FILE = re.compile(r"(?:rows|head)-(\d+)-(\d+)\.safetensors")
 
 
@@ -171,9 +173,26 @@ def write_model(
         code_version=code_version,
         extra=dict(extra or {}),
     )
+    _write_spec(folder, spec)
+    return spec
+
+
+def _write_spec(folder: Path, spec: ModelSpec) -> None:
     text = json.dumps(json.loads(spec.model_dump_json()), indent=1, ensure_ascii=False)
     _replace(folder / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
-    return spec
+
+
+def note_index(folder: str | Path) -> None:
+    """Takes the hash of an index that was built beside the rows of a finished model into its `model.json`."""
+    folder = Path(folder)
+    spec = read_spec(folder)
+    found = {path.name: sha256_of(path) for path in sorted(folder.glob(_INDEX_FILES)) if path.name != _INDEX_INFO}
+    kept = {name: value for name, value in spec.files.items() if not _of_index(name)}
+    _write_spec(folder, spec.model_copy(update={"files": kept | found}))
+
+
+def _of_index(name: str) -> bool:
+    return fnmatch(name, _INDEX_FILES)
 
 
 def _shape(encoder: Encoder, kind: InputKind, given: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -206,7 +225,8 @@ def _find_shards(folder: Path, num_classes: int, dim: int, normalized: bool) -> 
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "model.json"]
+    apart = ("model.json", _INDEX_INFO)  # the latter is rewritten when the recall is measured
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in apart]
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in found}
 
 
@@ -258,8 +278,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Predic
     spec = read_spec(folder)
     _rule(spec.predictor)
     rows = {shard.file for shard in spec.shards}
-    for name in spec.files.keys() - rows:  # rows may be large: when they are opened
-        check_file(folder, spec, name)
+    for name in spec.files.keys() - rows:  # rows and index may be large: when they are opened
+        if not _of_index(name):
+            check_file(folder, spec, name)
     # building draws fresh weights first: leave the caller's random numbers alone
     with torch.random.fork_rng(devices=[]):
         encoder = build_encoder(spec.encoder, root=folder)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from labelmill.errors import DataError, TrackingError, did_you_mean
 from labelmill.job import TrackingConfig
 from labelmill.tracking.config import Store, client_env, first_line, import_mlflow
-from labelmill.tracking.mlflow_model import log_model
+from labelmill.tracking.mlflow_model import check_logged, log_model
 from labelmill.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -120,13 +120,14 @@ def register(
     if not name or not re.fullmatch(r"[^@/:]+", name):
         raise TrackingError(f"model name {name!r}: it must not be empty or hold '@', '/' or ':'.")
     spec = read_spec(model_dir)
-    model = log_model(tracker, model_dir)
+    model, sums = log_model(tracker, model_dir)
     own = {
         "labelmill.manifest": spec.manifest,
         "labelmill.code_version": spec.code_version,
         "labelmill.num_classes": str(spec.num_classes),
         "labelmill.predictor": spec.predictor,
         "labelmill.encoder": str(spec.encoder.get("kind", "")),
+        **sums,
     }
     with client_env(tracker.store) as client:
         _ensure_registered(client, name)
@@ -272,7 +273,7 @@ def predict(
     """Predicts with a registered model, as any MLflow client would; columns as of `Predictor.predict`.
 
     Image inputs may be paths or encoded bytes. Raises TrackingError for an unknown model, DataError for a bad
-    input.
+    input or files that aren't those that were registered.
     """
     import pandas as pd
 
@@ -283,9 +284,11 @@ def predict(
     with client_env(Store.of(config, output_dir)) as client:
         version = _resolve(client, ref)
         path = list(sys.path)
+        folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri)
+        check_logged(Path(folder), version.tags, version.uri)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = mlflow.pyfunc.load_model(version.uri)
+            model = mlflow.pyfunc.load_model(folder)
         # MLflow puts the code logged with the model in front; this process goes on with its own
         sys.path[:] = path
         kind = str(model.metadata.signature.inputs.input_types()[0])

@@ -98,7 +98,24 @@ def _draws(search: SearchConfig) -> list[dict[str, Any]]:
 # --- metric and scheduler -------------------------------------------------------------------------------
 
 
+def tuned_on_test(search: SearchConfig) -> str:
+    """What is wrong with a search that goes by a metric of the test set; empty for other metrics."""
+    if not search.metric.startswith("test/"):
+        return ""
+    return (
+        f"{search.metric} is measured on data.test. A search that goes by it chooses what fits that set, which then no "
+        "longer says how good the model is on new data."
+    )
+
+
 def _check_metric(search: SearchConfig, job: Job, method: Workload, source: str) -> None:
+    if search.metric.startswith("test/"):
+        held_out = sorted(name for name in method.training_metrics if name.startswith("eval/"))
+        if held_out:
+            raise JobError(
+                f"{source}: search.metric: {tuned_on_test(search)} Take {' or '.join(held_out)}, which is measured on a "
+                "held-out part of the training data."
+            )
     train = getattr(job, "train", None)
     while_training = {*ENGINE_METRICS, *method.training_metrics} if isinstance(job, TrainJob) else set()
     known = while_training | set(method.metrics)

@@ -20,6 +20,7 @@ from labelmill.tracking import search_figures
 from labelmill.tracking.config import client_env
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version
+from labelmill.tuning.check import tuned_on_test
 from labelmill.tuning.space import with_values
 from labelmill.tuning.state import Record, SearchFolder, read_json, read_record
 from labelmill.tuning.trial import trial_settings
@@ -47,6 +48,8 @@ def conclude(
     report = Report(title=f"{job.name} search", meta=meta, root=folder.root / "report")
     if stopped:
         report.notes.append(f"The search was stopped: {stopped}.")
+    if warning := tuned_on_test(search):
+        report.notes.append(warning)
     _report_trials(report, records, best, search)
     _draw(report, records, best, search)
     if best is not None:

@@ -26,7 +26,7 @@ from labelmill.stages import write_json
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker
 from labelmill.tuning.capacity import concurrent_trials, trial_resources
-from labelmill.tuning.check import check_search
+from labelmill.tuning.check import check_search, tuned_on_test
 from labelmill.tuning.outcome import conclude
 from labelmill.tuning.state import SearchFolder
 from labelmill.tuning.trial import trial_job, uses_own_process
@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_OTHER_TEST = "Search with a part of the training data as data.test, and run the best settings with the real one."
 _LIMITS = ("concurrent", "minutes", "max_failed")
 
 
@@ -64,7 +65,8 @@ def run_search(
     console = console or Console()
     method, job = load_job(job_file, list(overrides))
     raw = _without_secrets(read_job_file(job_file, list(overrides)))
-    check_search(job, raw, method, str(job_file))
+    if warning := tuned_on_test(check_search(job, raw, method, str(job_file))):
+        console.print(f"{job_file}: {warning} {_OTHER_TEST}", style="yellow", highlight=False, soft_wrap=True)
     root = Path(job.output) / job.name / "search"
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):

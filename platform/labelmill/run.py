@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version, spools
 from labelmill.training.attempts import read_attempts
 from labelmill.training.config import TrainConfig
+from labelmill.training.parallel import StoppedError, side_by_side
 
 if TYPE_CHECKING:
     from labelmill.training.initial import HeadStart
@@ -71,6 +73,7 @@ class Run:
         # a host has connected, and knows that its runs fit
         self._connected = host is not None
         self._trained: set[str] = set()  # keys of stages that training went into
+        self._stop = threading.Event()  # fits side by side are to end
 
     # --- stages ------------------------------------------------------------------------------------------
 
@@ -178,6 +181,8 @@ class Run:
         told: set[int] = set()
 
         def on_event(event: dict[str, Any]) -> None:
+            if self._stop.is_set():
+                raise StoppedError
             if event["kind"] == "metrics":
                 told.add(event["step"])
             self._on_event(folder, event)
@@ -190,6 +195,18 @@ class Run:
             self.tracker.artifact(traces, "profile")
             self.progress.line(f"traces of a few steps: {traces}/trace-rank*.json.gz (open them in ui.perfetto.dev)")
         return Fitted(folder, seconds)
+
+    def fit_each(self, fits: Sequence[Callable[[], Fitted]]) -> list[Fitted]:
+        """Calls of `fit` that need nothing of each other, in order of `fits`.
+
+        They train at the same time, each with all of the job's workers, where the cluster holds more than one such group; one
+        after the other in a search, whose trials share the cluster, and under `cluster.in_process`.
+        """
+        from labelmill.training.room import free_groups
+
+        self.connect()
+        alone = self.host is not None or self.job.cluster.in_process or len(fits) < 2
+        return side_by_side(fits, 1 if alone else free_groups(self.job.cluster, len(fits)), self._stop)
 
     def _copies_of(self, folder: Path) -> str | None:
         place = self.job.cluster.checkpoint_to

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from labelmill.data.spec import AnySpec, StreamSpec
 from labelmill.errors import DataError
 from labelmill.evaluation.confident import RowFacts, ThresholdSums, facts_of_top
 from labelmill.run import Run
+from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Objective
 
@@ -42,8 +44,9 @@ def crossfit(
 ) -> dict[str, Any]:
     """Stage: for each fold trains on the others and predicts it, by the objective's `predict`.
 
-    Folds are fitted one after the other, each on all of the job's workers; a fold that is done is kept. `train` may carry a
-    selection of rows: only these are trained on and predicted. Returns {"folds", "seconds", "warnings"}.
+    Folds are fitted side by side where the cluster holds several groups of the job's workers (`Run.fit_each`), otherwise one
+    after the other; a fold that is done is kept. `train` may carry a selection of rows: only these are trained on and
+    predicted. Returns {"folds", "seconds", "warnings"}.
 
     Raises DataError for a mix, a selection with quotas, or folds that don't work (see `make_folds`).
     """
@@ -55,22 +58,26 @@ def crossfit(
     if within is not None and not isinstance(within, KeepRows):
         raise DataError("crossfit takes a selection of keys or classes (each sample once), not one with quotas.")
     found, warnings = make_folds(train.manifest, folds, seed)
-    seconds = []
     folder.mkdir(parents=True, exist_ok=True)
-    for f, fold in enumerate(found):
-        rest, held = (_both(selection, within) for selection in (fold.train, fold.held_out))
-        rest_spec = replace(train, selection=rest.save(str(folder / f"fold-{f}-train.arrow")))
+    stream = train
+
+    def fit_fold(f: int, rest: KeepRows, held: KeepRows) -> Fitted:
+        rest_spec = replace(stream, selection=rest.save(str(folder / f"fold-{f}-train.arrow")))
         held_spec = replace(
-            train,
+            stream,
             selection=held.save(str(folder / f"fold-{f}-held-out.arrow")),
             shuffle=False,
             global_batch=eval_batch,
         )
         run.progress.line(f"fold {f + 1} of {folds}: {rest.samples} samples train, {held.samples} are predicted")
-        fitted = run.fit(
+        return run.fit(
             folder / f"fold-{f}", objective, rest_spec, config, predict={"held_out": held_spec}, augment=augment
         )
-        seconds.append(sum(fitted.seconds.values()))
+
+    fits = run.fit_each(
+        [partial(fit_fold, f, _both(fold.train, within), _both(fold.held_out, within)) for f, fold in enumerate(found)]
+    )
+    seconds = [sum(fitted.seconds.values()) for fitted in fits]
     return {"folds": folds, "seconds": seconds, "warnings": warnings}
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version, spools
 from labelmill.training.attempts import read_attempts
 from labelmill.training.config import TrainConfig
+from labelmill.training.parallel import StoppedError, side_by_side
 
 if TYPE_CHECKING:
     from labelmill.training.initial import HeadStart
@@ -71,6 +73,7 @@ class Run:
         # a host has connected, and knows that its runs fit
         self._connected = host is not None
         self._trained: set[str] = set()  # keys of stages that training went into
+        self._stop = threading.Event()  # fits side by side are to end
 
     # --- stages ------------------------------------------------------------------------------------------
 
@@ -119,8 +122,8 @@ class Run:
     # --- verbs -------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Joins or starts the cluster, once a run; checks that the job's workers fit."""
-        if not self._connected:
+        """Joins or starts the cluster, once a run; checks that the job's workers fit. Nothing under `cluster.in_process`."""
+        if not self._connected and not self.job.cluster.in_process:
             from labelmill.cluster import connect
 
             self._resources.enter_context(connect(self.job.cluster))
@@ -140,10 +143,12 @@ class Run:
     ) -> Fitted:
         """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`.
 
+        Under `cluster.in_process` all of it happens in this process.
         `initial` says what heads go on from (`training.initial.find_start`), by name; `evaluate` is a stream of held-out
         samples for `train.evaluate_every`.
         """
         from labelmill.training.fit import fit
+        from labelmill.training.inprocess import fit_here
         from labelmill.training.worker import FitTask
 
         host = self.host
@@ -176,18 +181,32 @@ class Run:
         told: set[int] = set()
 
         def on_event(event: dict[str, Any]) -> None:
+            if self._stop.is_set():
+                raise StoppedError
             if event["kind"] == "metrics":
                 told.add(event["step"])
             self._on_event(folder, event)
 
         self._track_history(folder, told)  # what a killed driver hadn't sent yet
-        train_on = host.fit if host and host.fit else fit
+        train_on = host.fit if host and host.fit else fit_here if cluster.in_process else fit
         seconds = train_on(task, cluster, self.job.name, on_event)
         self._track_history(folder, told)  # what was lost with a mailbox
         if (traces := folder / "profile").is_dir():
             self.tracker.artifact(traces, "profile")
             self.progress.line(f"traces of a few steps: {traces}/trace-rank*.json.gz (open them in ui.perfetto.dev)")
         return Fitted(folder, seconds)
+
+    def fit_each(self, fits: Sequence[Callable[[], Fitted]]) -> list[Fitted]:
+        """Calls of `fit` that need nothing of each other, in order of `fits`.
+
+        They train at the same time, each with all of the job's workers, where the cluster holds more than one such group; one
+        after the other in a search, whose trials share the cluster, and under `cluster.in_process`.
+        """
+        from labelmill.training.room import free_groups
+
+        self.connect()
+        alone = self.host is not None or self.job.cluster.in_process or len(fits) < 2
+        return side_by_side(fits, 1 if alone else free_groups(self.job.cluster, len(fits)), self._stop)
 
     def _copies_of(self, folder: Path) -> str | None:
         place = self.job.cluster.checkpoint_to
@@ -205,7 +224,7 @@ class Run:
     def embed(
         self, folder: Path, data: Manifest, encoder: Any, weights: Mapping[str, Tensor], max_bad: int = 0
     ) -> None:
-        """Embeds every sample with a frozen encoder, a Ray task a shard; read back with `load_embeddings`."""
+        """Embeds every sample with a frozen encoder, shard by shard; read back with `load_embeddings`."""
         from labelmill.training.passes import embed_shards
 
         self.connect()

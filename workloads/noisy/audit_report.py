@@ -149,10 +149,11 @@ def report_models(run: Run, fits: Mapping[str, Stage], test: Manifest, noisy_tes
     columns = ["trained on", "samples", "clean test %" if given else "test %"] + (["noisy test %"] if given else [])
     run.report.add_table("accuracy", columns, rows, "the interval is that of the test sample, not of the seed")
     if compared:
-        _report_ranking(run, compared)
+        report_ranking(run, compared)
 
 
-def _report_ranking(run: Run, compared: Mapping[str, CorrectedAccuracy]) -> None:
+def report_ranking(run: Run, compared: Mapping[str, CorrectedAccuracy]) -> list[tuple[str, str, float]]:
+    """Accuracy of models on test rows with right and with wrong labels, and where they swap (returned as well)."""
     rows = [
         [name, *(round(100 * v, 2) for v in (a.benign, a.original_errors, a.corrected_errors, a.original, a.corrected))]
         for name, a in compared.items()
@@ -163,7 +164,9 @@ def _report_ranking(run: Run, compared: Mapping[str, CorrectedAccuracy]) -> None
         rows,
         "accuracy on test rows with right and with wrong labels",
     )
-    swaps = [[a, b, round(nu, 4)] for a, b, nu in swap_table(compared)]
+    swaps = swap_table(compared)
     if swaps:
         caption = "share of wrong rows in the test set from which on the second model is the better one by true labels"
-        run.report.add_table("swaps", ["first", "second", "prevalence"], swaps, caption)
+        shown = [[a, b, round(nu, 4)] for a, b, nu in swaps]
+        run.report.add_table("swaps", ["first", "second", "prevalence"], shown, caption)
+    return swaps

@@ -381,7 +381,8 @@ def _part(
 def _row(run: Run, name: str, what: str, stage: Stage) -> list[Any]:
     right, queries = stage["right"], stage["queries"]
     low, high = wilson_interval(right, queries)
-    run.report.metrics[f"test/{name}/{what.replace(' ', '_')}"] = right / queries
+    metric = f"{name}/{what.replace(' ', '_')}"
+    run.report.metrics |= {f"test/{metric}": right / queries, f"validation/{metric}": stage["validation"]}
     channels = f"{stage['prefix']} of {len(stage['curve'])}" if len(stage["curve"]) > 1 else str(stage["channels"])
     shown = f"{100 * right / queries:.2f} ± {50 * (high - low):.2f}"
     return [name, what, channels, round(100 * stage["validation"], 2), shown]

@@ -37,7 +37,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.passes import load_embeddings
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.noisy.audited import add_noise, clean_labels, predicted_classes
+from workloads.noisy.audited import add_noise, clean_labels, labels_by_key, predicted_classes
 from workloads.noisy.rcal_objectives import Calibrated, Calibration, Contrast, ContrastSection
 
 _MOST_GB = 4.0  # of full covariances
@@ -202,14 +202,15 @@ def rcal(job: RcalJob, run: Run) -> None:
         raise JobError(
             f"noisy.rcal takes a single label a sample; {train.name!r} has labels of form {train.label.form}."
         )
-    options, data = input_options(job.encoder, job.seed), train
+    options, data, noisy_test = input_options(job.encoder, job.seed), train, None
     if job.long_tail:
         data = run.stage("long-tail", cut_tail, train=train, tail=job.long_tail, seed=job.seed).manifest("train")
     if job.noise:
         image = image_options(job.encoder)
-        data = run.stage(
+        noisy = run.stage(
             "noise", add_noise, train=data, test=test, noise=job.noise, field=job.encoder.field, image=image
-        ).manifest("train")
+        )
+        data, noisy_test = noisy.manifest("train"), noisy.manifest("test")
     stream: Callable[..., AnySpec] = partial(job.data.stream, data, **options)
     look = job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)
     run.track_data(train=data, test=test)
@@ -255,7 +256,7 @@ def rcal(job: RcalJob, run: Run) -> None:
         )
         report_training(run, Fitted(fits[name].folder), fits[name]["seconds"], name)
         run.report_data_health(Fitted(fits[name].folder))
-    report_groups(run, fits, data)
+    report_groups(run, fits, data, noisy_test)
 
 
 def report_means(run: Run, name: str, gaussians: Stage) -> None:
@@ -273,7 +274,7 @@ def report_means(run: Run, name: str, gaussians: Stage) -> None:
         run.report.add_table(f"{name} class means", ["estimate", "head classes", "tail classes"], rows, caption)
 
 
-def report_groups(run: Run, fits: dict[str, Stage], data: Manifest) -> None:
+def report_groups(run: Run, fits: dict[str, Stage], data: Manifest, noisy_test: Manifest | None) -> None:
     """Test accuracy over all classes and over those with many, medium and few training samples (thirds of the classes)."""
     label_N = np.concatenate([read_labels(data, i).column("label").to_numpy() for i in range(len(data.shards))])
     num_classes = data.label.num_classes or 0
@@ -282,7 +283,11 @@ def report_groups(run: Run, fits: dict[str, Stage], data: Manifest) -> None:
     group_K[order] = np.arange(num_classes) * 3 // max(num_classes, 1)
     rows = []
     for name, fit in fits.items():
-        _, predicted_Q = predicted_classes(fit)
+        keys, predicted_Q = predicted_classes(fit)
+        if noisy_test:
+            given = labels_by_key(noisy_test)
+            by_given = predicted_Q == np.array([given[key] for key in keys])
+            run.report.metrics[f"noisy_test/{name}"] = float(by_given.mean())
         true_Q = Fitted(fit.folder).predictions("test").column("label").to_numpy()
         right_Q = predicted_Q == true_Q
         row: list[Any] = [name, round(100 * float(right_Q.mean()), 2)]

@@ -103,6 +103,7 @@ class Calibration(StrictModel):
     synthetic: float = Field(1.0, ge=0, description="weight of the loss on features drawn from the Gaussians")
     anchor: float = Field(0.3, ge=0, description="weight of the distance to the contrastive features")
     mixup: float = Field(1.0, ge=0, description="Beta(a, a) of mixup; 0: none")
+    balanced: bool = Field(False, description="weight samples by 1 / the number of their class's labels (a baseline)")
 
     @property
     def draws(self) -> bool:
@@ -141,6 +142,7 @@ class Calibrated(Objective):
         self.classes = nn.Linear(self.encoder.dim, data.label.num_classes)
         self.arm, self.seed, self.ranks = arm, seed, Ranks()
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+        self.class_weight_K = balancing_weights(data) if arm.balanced else None
         if arm.pretrained:
             state = load_file(weights)
             own = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
@@ -161,6 +163,8 @@ class Calibrated(Objective):
         total = weight_B.sum().clamp_min(1)
         label_B, z_BD = batch.labels.single_B, self.encoder(batch.inputs)
         mixed_B = self._mixup(batch, z_BD, label_B, random)
+        if self.class_weight_K is not None:
+            mixed_B = mixed_B * self.class_weight_K.to(label_B.device)[label_B]
         parts = {"mixup": (mixed_B * weight_B).sum() / total}
         loss = parts["mixup"]
         if self.gaussians is not None:
@@ -205,6 +209,14 @@ class Calibrated(Objective):
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         _, ids = self.classes(self.encoder(batch.inputs)).topk(1)
         return {"label": batch.labels.ids_BP[:, 0], "class_id": ids}
+
+
+def balancing_weights(data: Manifest) -> Tensor:
+    """float32 (K,): 1 / n_k, scaled so that the weights of all samples have mean 1; 0 for classes without labels."""
+    label_N = np.concatenate([read_labels(data, i).column("label").to_numpy() for i in range(len(data.shards))])
+    count_K = np.bincount(label_N, minlength=data.label.num_classes or 0)
+    found = (count_K > 0).sum()
+    return torch.from_numpy(np.where(count_K > 0, len(label_N) / (found * np.maximum(count_K, 1)), 0.0)).float()
 
 
 def stored_features(data: Manifest, file: str, dim: int) -> SampleState:

@@ -96,12 +96,11 @@ def swap_table(models: Mapping[str, CorrectedAccuracy]) -> list[tuple[str, str, 
 
 
 Verdict = Literal["given", "correctable", "both", "neither", "no agreement"]
+Votes = Mapping[str, Mapping[str, int]]
 CHOICES = ("given", "guessed", "both", "neither")
 
 
-def decide_votes(
-    votes: Mapping[str, Mapping[str, int]], known: Container[str], majority: int = 3
-) -> dict[str, Verdict]:
+def decide_votes(votes: Votes, known: Container[str], majority: int = 3) -> dict[str, Verdict]:
     """What people say of flagged samples: key -> verdict.
 
     Each was asked whether the given label is right, the guessed one, both, or neither; `majority` equal answers decide.

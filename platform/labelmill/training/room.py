@@ -52,6 +52,17 @@ def free_workers(cluster: ClusterConfig) -> int:
     return _fitting(cluster, available_resources_per_node())
 
 
+def free_groups(cluster: ClusterConfig, wanted: int) -> int:
+    """Groups of `cluster.workers` that could start now, each beside a read task of its own; at most `wanted`."""
+    groups = 0
+    while groups < wanted:
+        reading = cluster.model_copy(update={"read_cpus": (groups + 1) * cluster.read_cpus})
+        if free_workers(reading) < (groups + 1) * cluster.workers:
+            break
+        groups += 1
+    return groups
+
+
 def most_workers(cluster: ClusterConfig) -> int:
     """Training workers that would fit if nothing else ran."""
     import ray

@@ -1,0 +1,400 @@
+"""The noisy-label experiments on parts of Fashion-MNIST: python ci/experiments/noisy.py [ldr confident nested rcal]
+
+Small on purpose: 5,000 or 10,000 training samples and multilayer perceptrons (a small convolutional net for `rcal`), so
+that everything runs on one core in less than an hour. Settings of every arm, baselines included, are chosen on a part of
+the training set with noisy labels, with a seed of its own; the clean test set is only looked at in the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from study import ROOT, Metrics, best, cut, gain, run, spread, table, write
+
+FASHION = ROOT / "data" / "fashion-mnist"
+PARTS = ROOT / "data" / "experiments" / "noisy"
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+RATES = (0.001, 0.004)  # learning rates tried
+PAIRS = {0: 6, 6: 0, 2: 4, 4: 2, 5: 7, 7: 9, 9: 7, 1: 3, 3: 1, 8: 2}
+NOISES: dict[str, dict[str, Any]] = {
+    "symmetric 20 %": {"kind": "symmetric", "rate": 0.2},
+    "symmetric 40 %": {"kind": "symmetric", "rate": 0.4},
+    "asymmetric 20 %": {"kind": "asymmetric", "rate": 0.2, "map": PAIRS},
+    "asymmetric 40 %": {"kind": "asymmetric", "rate": 0.4, "map": PAIRS},
+}
+MLP = {"kind": "mlp", "image_size": 28, "channels": 1, "hidden": [128], "dim": 64}
+
+
+def train_part(samples: int) -> Path:
+    """The first samples of the training set by key."""
+    return cut(FASHION / "train", PARTS / f"train-{samples}", 0, samples)
+
+
+def dev_part() -> Path:
+    """3,000 other samples of the training set."""
+    return cut(FASHION / "train", PARTS / "dev", 57_000, 60_000)
+
+
+def short(noise: str) -> str:
+    """`symmetric 20 %` -> `sym20`."""
+    kind, rate, _ = noise.split()
+    return kind.removesuffix("metric") + rate
+
+
+def hardest(noise: str) -> str:
+    """The noise that settings are chosen on: the same kind at 40 %."""
+    return f"{noise.split()[0]} 40 %"
+
+
+# --- losses side by side -----------------------------------------------------------------------------------
+
+LOSSES: dict[str, list[dict[str, Any]]] = {
+    "CE": [{"kind": "softmax"}],
+    "smoothing": [{"kind": "smoothed_softmax", "smoothing": 0.1}],
+    "MAE": [{"kind": "mae"}],
+    "GCE": [{"kind": "gce", "q": 0.7}],
+    "SCE": [{"kind": "sce"}],
+    "ELR": [{"kind": "elr", "lam": lam} for lam in (1.0, 3.0)],
+    "LDR": [{"kind": "ldr_normalized", "lam": lam} for lam in (1.0, 10.0)],
+    "ALDR": [{"kind": "aldr", "lam0": lam} for lam in (1.0, 10.0)],
+}
+
+
+def ldr() -> None:
+    """Every loss at its best of a few settings, at the end of a training long enough to learn wrong labels by heart."""
+    base: dict[str, Any] = {
+        "data__train": train_part(5000),
+        "encoder": MLP,
+        "train": {"global_batch": 256, "epochs": 30, "log_every": 100, "max_grad_norm": 5.0},
+    }
+
+    def go(name: str, rate: float, **more: Any) -> Metrics:
+        return run("noisy/jobs/ldr-fashion.yaml", name, **base, train__learning_rate=rate, **more)
+
+    chosen: dict[str, dict[str, tuple[float, int]]] = {}
+    tried = {f"{name}-{i}": loss for name, losses in LOSSES.items() for i, loss in enumerate(losses)}
+    for kind in ("symmetric 40 %", "asymmetric 40 %"):
+        noise = NOISES[kind] | {"seed": TUNING_SEED}
+        found = {
+            rate: go(
+                f"ldr-tune-{short(kind)}-{rate}",
+                rate,
+                noise=noise,
+                losses=tried,
+                seed=TUNING_SEED,
+                data__test=dev_part(),
+            )
+            for rate in RATES
+        }
+        chosen[kind] = {
+            name: best({(r, i): found[r][f"noisy_test/{name}-{i}"] for i in range(len(losses)) for r in RATES})
+            for name, losses in LOSSES.items()
+        }
+    results: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in SEEDS:
+        for kind, noise in NOISES.items():
+            for rate in RATES:
+                arms = {n: LOSSES[n][i] for n, (r, i) in chosen[hardest(kind)].items() if r == rate}
+                if arms:
+                    metrics = go(
+                        f"ldr-{short(kind)}-{rate}-s{seed}",
+                        rate,
+                        noise=noise | {"seed": seed},
+                        losses=arms,
+                        seed=seed,
+                        data__test=FASHION / "test",
+                    )
+                    results.setdefault((kind, seed), {}).update(metrics)
+
+    def over_seeds(metric: str, kind: str, arm: str) -> list[float]:
+        return [results[kind, seed][f"{metric}/{arm}"] for seed in SEEDS]
+
+    parts = []
+    for metric, title in (
+        ("test", "clean test accuracy, %"),
+        ("memorised", "wrong training labels learnt by heart, %"),
+    ):
+        rows = [[arm, *(spread(over_seeds(metric, kind, arm)) for kind in NOISES)] for arm in LOSSES]
+        parts += [title, "", table(["loss", *NOISES], rows), ""]
+    rows = [
+        [arm, *(gain(over_seeds("test", kind, arm), over_seeds("test", kind, "CE")) for kind in NOISES)]
+        for arm in LOSSES
+        if arm != "CE"
+    ]
+    parts += ["points over CE (seeds in which it is ahead)", "", table(["loss", *NOISES], rows), ""]
+    temperatures = [
+        [kind, *(spread([results[kind, s][f"temperature/ALDR/{g}"] for s in SEEDS], 1.0) for g in ("right", "wrong"))]
+        for kind in NOISES
+    ]
+    parts += ["ALDR's temperature", "", table(["noise", "right labels", "wrong labels"], temperatures), ""]
+    settings = [
+        [arm, *(f"rate {chosen[k][arm][0]}, {_options(LOSSES[arm][chosen[k][arm][1]])}" for k in chosen)]
+        for arm in LOSSES
+    ]
+    parts += ["settings chosen", "", table(["loss", *chosen], settings)]
+    write("noisy", "ldr", "\n".join(parts))
+
+
+def _options(loss: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in loss.items() if key != "kind") or "-"
+
+
+# --- confident learning ------------------------------------------------------------------------------------
+
+FILTERS = ("both", "confident_learning", "prune_by_noise_rate", "prune_by_class", "predicted_neq_given")
+ARMS = {
+    "all labels": "all_labels",
+    "cleaned": "cleaned",
+    "random removal": "random_removal",
+    "oracle removal": "oracle_removal",
+}
+
+
+def confident() -> None:
+    """How good the filters are, and what training without the issues is worth against equal-size random removal."""
+    base: dict[str, Any] = {
+        "data__train": train_part(10_000),
+        "encoder": MLP,
+        "audit": {"folds": 4, "filter": "prune_by_noise_rate", "keep": 10},
+        "train": {"global_batch": 256, "epochs": 8, "log_every": 100, "max_grad_norm": 5.0},
+        "register_as": None,
+    }
+
+    def go(name: str, rate: float, **more: Any) -> Metrics:
+        return run("noisy/jobs/confident-fashion.yaml", name, **base, train__learning_rate=rate, **more)
+
+    chosen = {}
+    for kind in ("symmetric 40 %", "asymmetric 40 %"):
+        noise = NOISES[kind] | {"seed": TUNING_SEED}
+        found = {
+            rate: go(
+                f"confident-tune-{short(kind)}-{rate}", rate, noise=noise, seed=TUNING_SEED, data__test=dev_part()
+            )["noisy_test/all_labels"]
+            for rate in RATES
+        }
+        chosen[kind] = best(found)
+    results = {
+        (kind, seed): go(
+            f"confident-{short(kind)}-s{seed}",
+            chosen[hardest(kind)],
+            noise=noise | {"seed": seed},
+            seed=seed,
+            data__test=FASHION / "test",
+        )
+        for seed in SEEDS
+        for kind, noise in NOISES.items()
+    }
+
+    def over_seeds(metric: str, kind: str) -> list[float]:
+        return [results[kind, seed][metric] for seed in SEEDS]
+
+    def quality(name: str, kind: str) -> str:
+        return " / ".join(spread(over_seeds(f"audit/{what}/{name}", kind)) for what in ("precision", "recall"))
+
+    rows = [[name, *(quality(name, kind) for kind in NOISES)] for name in FILTERS]
+    parts = ["precision / recall of the flagged labels, %", "", table(["filter", *NOISES], rows), ""]
+    rows = [["estimated error rate, %", *(spread(over_seeds("audit/error_rate", kind)) for kind in NOISES)]]
+    parts += [table(["", *NOISES], rows), ""]
+    rows = [[arm, *(spread(over_seeds(f"test/{key}", kind)) for kind in NOISES)] for arm, key in ARMS.items()]
+    parts += ["clean test accuracy after training again, %", "", table(["trained on", *NOISES], rows), ""]
+    rows = [
+        [
+            f"cleaned against {arm}",
+            *(gain(over_seeds("test/cleaned", kind), over_seeds(f"test/{ARMS[arm]}", kind)) for kind in NOISES),
+        ]
+        for arm in ("random removal", "all labels", "oracle removal")
+    ]
+    parts += [table(["points (seeds in which it is ahead)", *NOISES], rows), "", f"learning rates: {chosen}"]
+    write("noisy", "confident", "\n".join(parts))
+
+
+# --- nested dropout and co-teaching ------------------------------------------------------------------------
+
+COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
+    "CE": [{"kind": "none"}],
+    "dropout": [{"kind": "dropout", "p": p} for p in (0.5, 0.8)],
+    "nested": [{"kind": "nested", "eta": eta} for eta in (8, 24)],
+}
+STEPS = {"one net": "one_net", "mean of two": "mean_of_two", "co-teaching": "co-teaching"}
+
+
+def nested() -> None:
+    """Each compression alone, as the mean of two nets (the control) and after co-teaching.
+
+    A tenth of the training samples keep their clean labels, as the method wants it; settings are chosen on these too.
+    """
+    length = {"global_batch": 256, "log_every": 100, "max_grad_norm": 5.0}
+    base: dict[str, Any] = {
+        "data__train": train_part(5000),
+        "encoder": MLP,
+        "train": length | {"epochs": 30},
+    }
+
+    def go(name: str, rate: float, **more: Any) -> Metrics:
+        return run("noisy/jobs/nested-fashion.yaml", name, **base, train__learning_rate=rate, **more)
+
+    chosen: dict[str, dict[str, tuple[float, int]]] = {}
+    tried = {f"{name}-{i}": arm for name, arms in COMPRESSIONS.items() for i, arm in enumerate(arms)}
+    for kind in ("symmetric 40 %", "asymmetric 40 %"):
+        found = {
+            rate: go(
+                f"nested-tune-{short(kind)}-{rate}",
+                rate,
+                noise=NOISES[kind] | {"seed": TUNING_SEED},
+                seed=TUNING_SEED,
+                arms=tried,
+                coteaching={"rate": 0.4, "train": length | {"steps": 1}},  # only stage 1 is looked at
+                data__test=dev_part(),
+            )
+            for rate in RATES
+        }
+        chosen[kind] = {
+            name: best({(r, i): found[r][f"validation/{name}-{i}/one_net"] for i in range(len(arms)) for r in RATES})
+            for name, arms in COMPRESSIONS.items()
+        }
+    results: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in SEEDS:
+        for kind, noise in NOISES.items():
+            for rate in RATES:
+                arms = {n: COMPRESSIONS[n][i] for n, (r, i) in chosen[hardest(kind)].items() if r == rate}
+                if arms:
+                    metrics = go(
+                        f"nested-{short(kind)}-{rate}-s{seed}",
+                        rate,
+                        noise=noise | {"seed": seed},
+                        seed=seed,
+                        arms=arms,
+                        coteaching={"rate": noise["rate"]},
+                        data__test=FASHION / "test",
+                    )
+                    results.setdefault((kind, seed), {}).update(metrics)
+
+    def over_seeds(arm: str, step: str, kind: str) -> list[float]:
+        return [results[kind, seed][f"test/{arm}/{STEPS[step]}"] for seed in SEEDS]
+
+    rows = [
+        [arm, step, *(spread(over_seeds(arm, step, kind)) for kind in NOISES)] for arm in COMPRESSIONS for step in STEPS
+    ]
+    parts = ["clean test accuracy at the end of training, %", "", table(["arm", "stage", *NOISES], rows), ""]
+    rows = [
+        [
+            f"{arm} against CE, one net",
+            *(gain(over_seeds(arm, "one net", kind), over_seeds("CE", "one net", kind)) for kind in NOISES),
+        ]
+        for arm in ("dropout", "nested")
+    ]
+    rows += [
+        [
+            f"{arm}: co-teaching against mean of two",
+            *(gain(over_seeds(arm, "co-teaching", kind), over_seeds(arm, "mean of two", kind)) for kind in NOISES),
+        ]
+        for arm in COMPRESSIONS
+    ]
+    settings = [
+        [arm, *(f"rate {chosen[k][arm][0]}, {_options(COMPRESSIONS[arm][chosen[k][arm][1]])}" for k in chosen)]
+        for arm in COMPRESSIONS
+    ]
+    parts += [table(["points (seeds in which it is ahead)", *NOISES], rows), ""]
+    parts += ["settings chosen", "", table(["arm", *chosen], settings)]
+    write("noisy", "nested", "\n".join(parts))
+
+
+# --- long tails --------------------------------------------------------------------------------------------
+
+FROM_SCRATCH = {"pretrained": False, "synthetic": 0, "anchor": 0}
+TAILS: dict[str, dict[str, Any]] = {
+    "CE": FROM_SCRATCH | {"mixup": 0},
+    "balanced CE": FROM_SCRATCH | {"mixup": 0, "balanced": True},
+    "mixup": FROM_SCRATCH,
+    "contrast": {"synthetic": 0, "anchor": 0, "mixup": 0},
+    "RCAL without outlier removal": {"neighbours": 0},
+    "RCAL without lending": {"borrow": 0, "spread": 0},
+    "RCAL without anchor": {"anchor": 0},
+    "RCAL": {},
+}
+
+
+def rcal() -> None:
+    """A long tail with labels that turn into frequent classes: what each part of RCAL is worth, overall and on rare classes."""
+    pool = cut(FASHION / "train", PARTS / "pool", 0, 20_000)
+    cnn = {"kind": "small_cnn", "image_size": 14, "channels": 1, "dim": 32, "width": 8}
+    length = {"global_batch": 128, "log_every": 100, "max_grad_norm": 5.0}
+    base: dict[str, Any] = {
+        "data__train": pool,
+        "encoder": cnn | {"augment": {"shift": 1}},
+        "long_tail": {"largest": 1000, "ratio": 50},
+        "contrast": {
+            "queue": 2048,
+            "temperature": 0.1,
+            "encoder": cnn | {"augment": {"shift": 2, "cutout": 5, "noise": 0.1}},
+        },
+        "contrast_train": length | {"epochs": 40, "learning_rate": 0.004},
+        "train": length | {"epochs": 20},
+    }
+    noises = {f"{100 * rate:.0f} %": {"kind": "frequency", "rate": rate} for rate in (0.2, 0.4)}
+
+    def go(name: str, rate: float, **more: Any) -> Metrics:
+        return run("noisy/jobs/rcal-fashion.yaml", name, **base, train__learning_rate=rate, **more)
+
+    groups = {"baselines": ("CE", "balanced CE", "mixup"), "pretrained": ("contrast", "RCAL")}
+    tried = {arm: TAILS[arm] for arms in groups.values() for arm in arms}
+    noise = noises["40 %"] | {"seed": TUNING_SEED}
+    found = {
+        rate: go(f"rcal-tune-{rate}", rate, noise=noise, seed=TUNING_SEED, arms=tried, data__test=dev_part())
+        for rate in RATES
+    }
+    chosen = {arm: best({rate: found[rate][f"noisy_test/{arm}"] for rate in RATES}) for arm in tried}
+    results: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in SEEDS:
+        for kind, noise in noises.items():
+            for rate in RATES:
+                # the ablations are trained as the whole method
+                arms = {arm: TAILS[arm] for arm in TAILS if chosen.get(arm, chosen["RCAL"]) == rate}
+                if arms:
+                    metrics = go(
+                        f"rcal-{kind[:2]}-{rate}-s{seed}",
+                        rate,
+                        noise=noise | {"seed": seed},
+                        seed=seed,
+                        arms=arms,
+                        data__test=FASHION / "test",
+                    )
+                    results.setdefault((kind, seed), {}).update(metrics)
+
+    def over_seeds(metric: str, arm: str, kind: str) -> list[float]:
+        return [results[kind, seed][f"{metric}/{arm}"] for seed in SEEDS]
+
+    shown = {
+        f"{kind}, {what}": (metric, kind) for kind in noises for what, metric in (("all", "test"), ("few", "test_few"))
+    }
+    rows = [[arm, *(spread(over_seeds(metric, arm, kind)) for metric, kind in shown.values())] for arm in TAILS]
+    parts = ["balanced test accuracy, %, over all classes and over the third with the fewest samples", ""]
+    parts += [table(["arm", *shown], rows), ""]
+    rows = [
+        [
+            f"RCAL against {arm}",
+            *(gain(over_seeds(m, "RCAL", kind), over_seeds(m, arm, kind)) for m, kind in shown.values()),
+        ]
+        for arm in TAILS
+        if arm != "RCAL"
+    ]
+    parts += [table(["points (seeds in which it is ahead)", *shown], rows), ""]
+    estimates = ("raw", "without_outliers", "lent")
+    rows = [
+        [what.replace("_", " "), *(spread(over_seeds("mean_distance/RCAL", what, kind), 1.0) for kind in noises)]
+        for what in estimates
+    ]
+    parts += ["distance of estimated class means to those of the clean labels", "", table(["estimate", *noises], rows)]
+    parts += ["", f"learning rates: {chosen}"]
+    write("noisy", "rcal", "\n".join(parts))
+
+
+STUDIES = {"ldr": ldr, "confident": confident, "nested": nested, "rcal": rcal}
+
+if __name__ == "__main__":
+    for study in sys.argv[1:] or STUDIES:
+        STUDIES[study]()

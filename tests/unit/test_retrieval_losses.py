@@ -67,7 +67,9 @@ def test_one_positive_is_cross_entropy_and_bce_is_its_own() -> None:
 def test_constants_change_only_bce() -> None:
     for section in (SoftmaxSection(), DecoupledSection()):
         assert value_and_grad(section.row_loss(), S + 5)[0] == pytest.approx(value_and_grad(section.row_loss())[0])
-    assert value_and_grad(BCESection().row_loss(), S + 5)[0] != pytest.approx(value_and_grad(BCESection().row_loss())[0])
+    assert value_and_grad(BCESection().row_loss(), S + 5)[0] != pytest.approx(
+        value_and_grad(BCESection().row_loss())[0]
+    )
     k = torch.tensor([2.0])
     assert float(soft_topk_loss(S + 5, P, k, 2.0)) == pytest.approx(float(soft_topk_loss(S, P, k, 2.0)), abs=1e-9)
 

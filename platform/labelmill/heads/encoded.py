@@ -32,13 +32,13 @@ from labelmill.heads.ranks import Ranks
 from labelmill.heads.rows import ClassRows
 from labelmill.heads.sharded import ShardedHead
 from labelmill.losses.retrieval import (
+    Reduce as Reductions,
+)
+from labelmill.losses.retrieval import (
     RetrievalLoss,
     SoftTopKSection,
     soft_topk_forward_backward,
     spread_positives,
-)
-from labelmill.losses.retrieval import (
-    Reduce as Reductions,
 )
 
 

@@ -128,9 +128,7 @@ class SoftTopKSection(StrictModel):
         return None if self.k == "num_pos" else self.k
 
 
-RetrievalLoss = Annotated[
-    SoftmaxSection | DecoupledSection | BCESection | SoftTopKSection, Field(discriminator="kind")
-]
+RetrievalLoss = Annotated[SoftmaxSection | DecoupledSection | BCESection | SoftTopKSection, Field(discriminator="kind")]
 
 
 def most_positives(loss: StrictModel) -> int | None:
@@ -235,13 +233,13 @@ def soft_topk_forward_backward(
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, s_NC, pos_NC, k_N, alpha):  # type: ignore[no-untyped-def]
+    def forward(ctx, s_NC, pos_NC, k_N, alpha):
         loss_N, grad_NC = soft_topk_forward_backward(s_NC, pos_NC, k_N, alpha, torch.ones_like(k_N))
         ctx.save_for_backward(grad_NC)
         return loss_N
 
     @staticmethod
-    def backward(ctx, grad_N):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_N):
         (grad_NC,) = ctx.saved_tensors
         return grad_N[:, None] * grad_NC, None, None, None
 

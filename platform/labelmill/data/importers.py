@@ -110,7 +110,7 @@ def import_image_folder(
         return {"image": pa.array([store.read_bytes(full[i]).to_pybytes() for i in rows], pa.binary())}
 
     fields = {"image": FieldSpec(kind="image", ext=";".join(sorted(kinds)))}
-    return _write(out, os.path.basename(where), keys, fields, labels, values, "image-folder", "tar", options)
+    return write_import(out, os.path.basename(where), keys, fields, labels, values, "image-folder", "tar", options)
 
 
 def _is_image_path(path: str) -> bool:
@@ -178,7 +178,7 @@ def import_idx(
 
     shape = (*pixels.shape[1:3], pixels.shape[3] if pixels.ndim == 4 else 1)
     fields = {"image": FieldSpec(kind="image", ext="png", shape=shape)}
-    return _write(out, stem, keys, fields, parsed, values, "idx", "packed", options)
+    return write_import(out, stem, keys, fields, parsed, values, "idx", "packed", options)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -274,7 +274,7 @@ def import_table(
     layout: Layout = "packed" if image_column is None else "tar"
     if image_column is None:
         options = {"rows_per_member": _TEXT_ROWS_PER_MEMBER, **options}
-    return _write(out, stem, keys, fields, labels, values, "table", layout, options)
+    return write_import(out, stem, keys, fields, labels, values, "table", layout, options)
 
 
 def _table_keys(table: pa.Table, key_column: str | None, where: str) -> list[str]:
@@ -327,7 +327,7 @@ def _images_of(table: pa.Table, name: str, where: str) -> tuple[Callable[[int], 
 # --- writing -------------------------------------------------------------------------------------------
 
 
-def _write(
+def write_import(
     out: str | os.PathLike[str],
     default_name: str,
     keys: list[str],

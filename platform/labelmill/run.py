@@ -393,13 +393,34 @@ def _register(
     parents: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
-    from labelmill.encoders import build_encoder
     from labelmill.tracking import registry
+
+    package = folder / "model"
+    build_package(run.job, package, Fitted(fit.folder), encoder, head, data, predictor, prior)
+    if index is not None and predictor != "embed":
+        info = build_index(package, index.kind, index.factory, index.probes)
+        run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
+    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
+    run.progress.line(f"registered {name} version {version}, alias candidate")
+    return {"name": name, "version": str(version)}
+
+
+def build_package(
+    job: Job,
+    package: Path,
+    fitted: Fitted,
+    encoder: Any,
+    head: Any,
+    data: Manifest,
+    predictor: str = "topk",
+    prior: ClassPrior | None = None,
+) -> None:
+    """Makes the folder of a packaged model (`tracking.model`) from a fit; what is there goes first."""
+    from labelmill.encoders import build_encoder
     from labelmill.tracking.model import write_model
 
-    fitted, package = Fitted(fit.folder), folder / "model"
     shutil.rmtree(package, ignore_errors=True)
-    package.mkdir()
+    package.mkdir(parents=True)
     classes = None
     if predictor != "embed":
         assert data.label.num_classes is not None
@@ -425,14 +446,8 @@ def _register(
         label_form=data.label.form,
         manifest_digest=data.digest,
         code_version=__version__,
-        extra={"job": resolved(run.job)},
+        extra={"job": resolved(job)},
     )
-    if index is not None and classes is not None:
-        info = build_index(package, index.kind, index.factory, index.probes)
-        run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
-    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
-    run.progress.line(f"registered {name} version {version}, alias candidate")
-    return {"name": name, "version": str(version)}
 
 
 def _link(source: Path, target: Path) -> None:

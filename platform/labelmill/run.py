@@ -22,20 +22,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from rich.console import Console
 from torch import Tensor
 
-from labelmill import __version__
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import AnySpec
 from labelmill.data.store import join, normal
 from labelmill.errors import UserError
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.index import IndexConfig, build_index
+from labelmill.heads.index import IndexConfig
 from labelmill.host import Host, TrainsHereError, turn
 from labelmill.job import Job, resolved
 from labelmill.masking import Formatter
+from labelmill.packaging import build_package
 from labelmill.progress import ProgressView
 from labelmill.stages import Fitted, Stage, stage_key, write_json
 from labelmill.tracking.model import ClassPrior
@@ -413,53 +412,15 @@ def _register(
     parents: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
-    from labelmill.encoders import build_encoder
     from labelmill.tracking import registry
-    from labelmill.tracking.model import write_model
 
-    fitted, package = Fitted(fit.folder), folder / "model"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir()
-    classes = None
-    if predictor != "embed":
-        assert data.label.num_classes is not None
-        for entry in fitted.head_shards("classes"):
-            # the rows are large and final: a second name for the same bytes
-            _link(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
-        bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
-        classes = data.load_classes() if bare is None else bare
-    kind = data.fields[encoder.field].kind
-    if kind == "bytes" or kind == "safetensors" or kind == "arrow":  # written so for mypy
-        raise UserError(f"field {encoder.field!r} is {kind}: a registered model takes text, images or arrays.")
-    if index is not None and classes is not None:  # before model.json, which holds the hash of every file
-        info = build_index(package, index.kind, index.factory, index.probes)
+    package = folder / "model"
+    info = build_package(run.job, package, Fitted(fit.folder), encoder, head, data, predictor, prior, index)
+    if info:
         run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
-    write_model(
-        package,
-        encoder=build_encoder(encoder),
-        input_kind=kind,
-        input_shape=data.fields[encoder.field].shape if kind == "array" else None,
-        predictor=predictor,
-        classes=classes,
-        state=fitted.dense("encoder."),
-        normalized=head.normalize,
-        prior=prior,
-        scale=head.scale,
-        label_form=data.label.form,
-        manifest_digest=data.digest,
-        code_version=__version__,
-        extra={"job": resolved(run.job)},
-    )
     version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def job_digest(job: Job) -> str:

@@ -25,7 +25,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["all_gather", "all_reduce", "broadcast"]
+Kind = Literal["all_gather", "all_reduce", "broadcast", "all_to_all"]
 Axis = Literal["world", "shards", "replicas"]
 NUMBERS = 7  # batch size, positives of a sample, soft labels or not; classes, dimensions, seed and step must be equal
 NUMBER_BYTES = 8
@@ -38,9 +38,12 @@ def sent_bytes(kind: Kind, payload: float, world: int) -> float:
     """Bytes that one of `world` ranks sends in a collective over `payload` bytes of its own."""
     if world == 1:
         return 0.0
-    return {"all_gather": (world - 1) * payload, "all_reduce": 2 * (world - 1) / world * payload, "broadcast": payload}[
-        kind
-    ]
+    return {
+        "all_gather": (world - 1) * payload,
+        "all_reduce": 2 * (world - 1) / world * payload,
+        "broadcast": payload,
+        "all_to_all": (world - 1) / world * payload,
+    }[kind]
 
 
 _waited_s = 0.0

@@ -60,6 +60,9 @@ class ClusterConfig(StrictModel):
     gpus_per_worker: float = Field(
         0.0, ge=0, description="GPUs reserved by a worker; above 0 the run uses CUDA and NCCL"
     )
+    in_process: bool = Field(
+        False, description="train in the calling process, without Ray: one worker, small models; starts in a second"
+    )
     read_cpus: float = Field(0.25, gt=0, description="CPUs reserved by one read task of the stream")
     min_workers: int | None = Field(
         None, ge=1, description="train on with as few when hosts are lost, and grow again up to `workers`; empty: never"
@@ -107,6 +110,12 @@ class ClusterConfig(StrictModel):
     def _elastic_range(self) -> ClusterConfig:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process(self) -> ClusterConfig:
+        if self.in_process and (self.workers > 1 or self.address):
+            raise ValueError("in_process is one worker without a cluster: leave out workers and address")
         return self
 
 

@@ -144,6 +144,7 @@ class Run:
         samples for `train.evaluate_every`.
         """
         from labelmill.training.fit import fit
+        from labelmill.training.inprocess import fit_here
         from labelmill.training.worker import FitTask
 
         host = self.host
@@ -151,8 +152,9 @@ class Run:
             raise TrainsHereError
         if host:
             host.before_fit(self, folder)
-        self.connect()
         cluster = self.job.cluster
+        if not cluster.in_process:
+            self.connect()
         task = FitTask(
             objective,
             config,
@@ -181,7 +183,7 @@ class Run:
             self._on_event(folder, event)
 
         self._track_history(folder, told)  # what a killed driver hadn't sent yet
-        train_on = host.fit if host and host.fit else fit
+        train_on = host.fit if host and host.fit else fit_here if cluster.in_process else fit
         seconds = train_on(task, cluster, self.job.name, on_event)
         self._track_history(folder, told)  # what was lost with a mailbox
         if (traces := folder / "profile").is_dir():

@@ -65,6 +65,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.optimizer_steps = 0
+        self.phases = len(objective.phase_rates)
+        self._phase, self._other_moments = 0, dict[int, list[dict[str, Any]]]()
         self._create_moments()
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -100,6 +102,17 @@ class Engine:
         if self.config.accumulation == 1 and self.config.max_grad_norm is None:
             for head in self.objective.heads.values():
                 head.begin_step(rate)
+
+    def enter_phase(self, phase: int) -> None:
+        """Gives the optimizer the moments of `phase` (`Objective.phase_rates`)."""
+        if phase == self._phase:
+            return
+        inner, flats = self._optimizer_parts()
+        self._other_moments[self._phase] = [inner.state[flat] for flat in flats]
+        for flat, state in zip(flats, self._other_moments.pop(phase), strict=True):
+            inner.state[flat] = state
+        self._phase = phase
+        self._link_moments()
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a micro batch. Raises NotFiniteError, on all ranks alike, for embeddings that are not finite."""
@@ -216,11 +229,15 @@ class Engine:
         return parameter
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """`<moment>.<parameter>` -> fp32 CPU tensors. Collective; call on every rank."""
-        state = {}
-        for name, parameter in self.parameters.items():
-            for moment in _MOMENTS:
-                state[f"{moment}.{name}"] = self._moment(parameter, moment).detach().float().cpu().clone()
+        """`<moment>.<parameter>` (with `phase<n>.` before it from the second phase on) -> fp32 CPU tensors. Collective."""
+        state, here = {}, self._phase
+        for phase in range(self.phases):
+            self.enter_phase(phase)
+            for name, parameter in self.parameters.items():
+                for moment in _MOMENTS:
+                    value = self._moment(parameter, moment).detach().float().cpu().clone()
+                    state[_moment_name(phase, moment, name)] = value
+        self.enter_phase(here)
         return state
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
@@ -230,17 +247,33 @@ class Engine:
 
         return safe_get_full_optimizer_state(parameter, moment)
 
-    def _create_moments(self, steps: int = 0) -> None:
-        """Zero moments for every partition. Torch makes them in its first step only, and for a partition of padding never."""
+    def _optimizer_parts(self) -> tuple[Any, list[Tensor]]:
+        """The plain optimizer, and the tensors (parameters, or this rank's partitions) that it keeps moments of."""
         zero, stage = self._engine.optimizer, self.stage
         inner = zero if stage == 0 else zero.optimizer
         flats = (
             zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in inner.param_groups for p in g["params"]]
         )
-        for flat in flats:
-            inner.state[flat] = {moment: torch.zeros_like(flat) for moment in _MOMENTS}
-            inner.state[flat]["step"] = torch.tensor(float(steps))
-        if stage in (1, 2):
+        return inner, flats
+
+    def _create_moments(self, steps: int = 0) -> None:
+        """Zero moments for every partition. Torch makes them in its first step only, and for a partition of padding never."""
+        inner, flats = self._optimizer_parts()
+
+        def fresh(phase: int) -> list[dict[str, Any]]:
+            # phases take turns, from the first on
+            taken = torch.tensor(float((steps + self.phases - 1 - phase) // self.phases))
+            return [{m: torch.zeros_like(flat) for m in _MOMENTS} | {"step": taken.clone()} for flat in flats]
+
+        for flat, state in zip(flats, fresh(0), strict=True):
+            inner.state[flat] = state
+        self._phase = 0
+        self._other_moments = {phase: fresh(phase) for phase in range(1, self.phases)}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        if self.stage in (1, 2):
+            zero = self._engine.optimizer
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -251,13 +284,20 @@ class Engine:
 
         self.optimizer_steps = steps
         self._create_moments(steps)
-        for name, parameter in self.parameters.items():
-            for moment in _MOMENTS:
-                value = moments[f"{moment}.{name}"].to(self.device)
-                if self.stage == 0:
-                    self._engine.optimizer.state[parameter][moment].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, moment)
+        for phase in range(self.phases):
+            self.enter_phase(phase)
+            for name, parameter in self.parameters.items():
+                for moment in _MOMENTS:
+                    value = moments[_moment_name(phase, moment, name)].to(self.device)
+                    if self.stage == 0:
+                        self._engine.optimizer.state[parameter][moment].copy_(value)
+                    else:
+                        safe_set_full_optimizer_state(parameter, value, moment)
+        self.enter_phase(0)
+
+
+def _moment_name(phase: int, moment: str, parameter: str) -> str:
+    return f"{moment}.{parameter}" if phase == 0 else f"phase{phase}.{moment}.{parameter}"
 
 
 @torch.no_grad()

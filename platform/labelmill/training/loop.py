@@ -79,9 +79,15 @@ def train(
     def named(part: str) -> AbstractContextManager[None]:
         return profiler.part(part) if profiler else nullcontext()
 
-    skipped = start.skipped
+    skipped, phase_rates = start.skipped, engine.objective.phase_rates
+    phases, held = len(phase_rates), list[Batch]()  # the batches of a step, for the phases after the first
     for step in range(start.step, total_steps):
-        rate = config.rate(step, total_steps)
+        phase = step % phases
+        rate = config.rate(step, total_steps) * phase_rates[phase]
+        engine.enter_phase(phase)
+        engine.objective.begin(step, total_steps)
+        if phase == 0:
+            held = []
         loss, parts, norm = 0.0, dict[str, float](), math.nan
         if profiler:
             profiler.begin_step()
@@ -89,9 +95,14 @@ def train(
         problem, wish, waited = "", 0, 0.0
         before = seconds["wait for data"] + seconds["forward"]
         pulse.enter(PARTS[0])
-        for _ in range(config.accumulation):
+        for micro in range(config.accumulation):
             with named("wait for data"):
-                batch = engine.to_device(next(batches))
+                if len(held) > micro:
+                    batch = held[micro]
+                else:
+                    batch = engine.to_device(next(batches))
+                    if phases > 1:
+                        held.append(batch)
             spent("wait for data")
             if problem:  # the rest of a step that is left out
                 continue
@@ -124,7 +135,8 @@ def train(
                 )
         if profiler:
             profiler.end_step()
-        cursor = start.cursor + (step + 1 - start.step) * config.global_batch
+        # a batch that isn't through all its phases is read again after a resume
+        cursor = start.cursor + ((step + 1) // phases - start.step // phases) * config.global_batch
         position = Position(step + 1, cursor, start.stream, skipped)
         window_steps += 1
         pulse.stepped(step + 1, seconds["wait for data"] + seconds["forward"] - before - waited)

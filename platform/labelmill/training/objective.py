@@ -43,10 +43,17 @@ class Objective(nn.Module):
     they are no sub-modules (the engine would replicate and average them) and train beside the engine.
     """
 
+    phase_rates: tuple[float, ...] = (1.0,)
+    """With several: each batch is used for so many optimizer steps, one a phase. A phase has optimizer moments of its own, and
+    its learning rate is the schedule's times its number here."""
+
     @property
     def heads(self) -> Mapping[str, ShardedHead]:
         """Sharded heads by name."""
         return {}
+
+    def begin(self, step: int, total: int) -> None:
+        """Called on every rank before optimizer step `step` (from 0) of `total`; its phase is `step % len(phase_rates)`."""
 
     def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
         """CPU side of the encoder, in the reader thread: raw field values -> tensors; `rng` uint64 keys (B,) augment.

@@ -170,7 +170,7 @@ def _train(
         task.train,
         global_batch=config.global_batch // config.accumulation,
         start=position.cursor,
-        stop=task.total_steps * config.global_batch,
+        stop=-(-task.total_steps // len(engine.objective.phase_rates)) * config.global_batch,
     )
     pulse.begin(position.step)
     exporter = Exporter(task.run, task.work.name, rank, world) if task.transport == "ray" else None

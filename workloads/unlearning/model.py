@@ -1,0 +1,217 @@
+"""A registered classifier as a module that can be trained on, and back into a package.
+
+Shape legend: B samples, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from labelmill import __version__
+from labelmill.data.keys import key_hashes
+from labelmill.data.stream import Batch
+from labelmill.encoders import build_encoder
+from labelmill.errors import DataError, JobError
+from labelmill.heads.ranks import Ranks
+from labelmill.heads.source import open_rows
+from labelmill.tracking.model import ModelSpec, check_file, read_spec, write_model
+from labelmill.training.initial import HeadStart
+from labelmill.training.objective import Objective
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DENSE_MB = 512.0
+
+
+class Dense(nn.Module):
+    """Encoder and all class rows of a package: logits = scale * cos(e, w_c), or w_c . e for a head that isn't normalised.
+
+    The rows are an ordinary parameter, on every worker whole. Raises JobError for a model without classes, or rows
+    beyond 512 MiB (then: retraining, LAF, or removing classes, which leave the rows in their shards).
+    """
+
+    rows_CD: nn.Parameter
+
+    def __init__(self, package: str | Path) -> None:
+        super().__init__()
+        spec = check_classifier(Path(package))
+        megabytes = spec.num_classes * spec.dim * 4 / 2**20
+        if megabytes > DENSE_MB:
+            raise JobError(
+                f"{spec.num_classes:,} classes of {spec.dim} numbers are {megabytes:.0f} MiB, and this method holds them whole "
+                f"on each worker (limit {DENSE_MB:.0f}). Use method.kind retrain, laf or remove_classes."
+            )
+        self.encoder = load_encoder(Path(package), spec)
+        rows = open_rows(package).read(0, spec.num_classes, ["rows"])["rows"].float()
+        self.rows_CD = nn.Parameter(rows)
+        self.normalized, self.scale = spec.normalized, spec.scale
+
+    def logits(self, emb_BD: Tensor) -> Tensor:
+        """(B, C)."""
+        if self.normalized:
+            return self.scale * F.normalize(emb_BD, dim=1) @ F.normalize(self.rows_CD, dim=1).t()
+        return self.scale * emb_BD @ self.rows_CD.t()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.logits(self.encoder(inputs))
+
+    def forget_everything(self, seed: int) -> Dense:
+        """Fresh weights, as a new model has them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder.load_state_dict(build_encoder(self.encoder.config).state_dict())  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.rows_CD.copy_(torch.randn_like(self.rows_CD) * self.rows_CD.shape[1] ** -0.5)
+        return self
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Parameters layer by layer in the order they were built; the class rows are the last layer."""
+        found = [list(m.parameters(recurse=False)) for m in self.encoder.modules()]
+        return [*(layer for layer in found if layer), [self.rows_CD]]
+
+
+def check_classifier(package: Path) -> ModelSpec:
+    """The package's spec. Raises JobError unless it is a classifier that ranks by score alone."""
+    spec = read_spec(package)
+    if not spec.num_classes:
+        raise JobError(f"{package}: the model only embeds; unlearning takes a classifier with class rows.")
+    if spec.label_form != "single":
+        raise JobError(f"{package}: trained on labels of form {spec.label_form}; unlearning takes one class a sample.")
+    return spec
+
+
+def load_encoder(package: Path, spec: ModelSpec | None = None) -> Any:
+    """The package's encoder with its weights. Raises DataError for embeddings that aren't of the model's width."""
+    spec = spec or read_spec(package)
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(spec.encoder, root=package)
+    encoder.load_state_dict(load_file(check_file(package, spec, "encoder.safetensors")))
+    return encoder
+
+
+def frozen(module: nn.Module) -> Any:
+    """A module that doesn't train: no gradient, evaluation mode for good."""
+    module.requires_grad_(False).eval()
+    module.train = lambda mode=True: module  # type: ignore[method-assign, assignment]
+    return module
+
+
+class Marked(Objective):
+    """An objective that knows which samples of a batch are to be forgotten, and averages over all ranks alike.
+
+    Args:
+        forget: `.npy` of the hashes of the forgotten samples' keys (`save_hashes`).
+    """
+
+    def __init__(self, forget: str) -> None:
+        super().__init__()
+        self.forget_F: np.ndarray = np.load(forget, allow_pickle=False)
+        self.ranks = Ranks()
+        self.step = self.total = 0
+
+    def begin(self, step: int, total: int) -> None:
+        self.step, self.total = step, total
+
+    def forgotten(self, batch: Batch) -> Tensor:
+        """bool (B,): to be forgotten; holes are neither this nor retained."""
+        hashes = key_hashes(batch.keys)[0]
+        at = np.minimum(np.searchsorted(self.forget_F, hashes), len(self.forget_F) - 1)
+        mark = torch.from_numpy(self.forget_F[at] == hashes).to(batch.weight_B.device)
+        return mark & (batch.weight_B > 0)
+
+    def mean(self, loss_B: Tensor, mask_B: Tensor) -> Tensor:
+        """Mean of `loss_B` over the marked samples of all ranks, such that the engine's average over ranks gives it; 0 of none."""
+        weight_B = mask_B.to(loss_B.dtype)
+        total = self.ranks.sum_(weight_B.sum().detach().clone())
+        return (loss_B * weight_B).sum() * self.ranks.world / total.clamp_min(1)
+
+
+def save_hashes(keys: Sequence[str], path: Path) -> str:
+    """Sorted hashes of keys, uint64; returns the path as workers take it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.sort(key_hashes(keys)[0]))
+    return str(path.resolve())
+
+
+# --- packages -------------------------------------------------------------------------------------------------
+
+
+def head_start(package: Path, work: Path) -> HeadStart:
+    """Lets a sharded head begin with the class rows of a package."""
+    spec = read_spec(package)
+    path = work / "all-classes.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.arange(spec.num_classes, dtype=np.int64))
+    return HeadStart(
+        digest=spec.manifest,
+        merge="refuse",
+        optimizer="fresh",
+        kept=spec.num_classes,
+        fresh=0,
+        dropped=0,
+        folder=str(package.resolve()),
+        checkpoint=None,
+        map_file=str(path.resolve()),
+    )
+
+
+def write_package(
+    folder: Path,
+    parent: Path,
+    encoder: Mapping[str, Tensor],
+    rows: Tensor | Sequence[Path] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """A package like `parent` with other weights.
+
+    Args:
+        encoder: its state.
+        rows: class rows (C, D), or files of them named by their range; None takes the parent's.
+        extra: kept with the model.
+
+    Raises DataError for rows that aren't finite or have no direction.
+    """
+    spec = read_spec(parent)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if isinstance(rows, Tensor):
+        rows = rows.detach().float()
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError("the class rows aren't finite: the method diverged. Lower its learning rate or its steps.")
+        if spec.normalized:
+            rows = F.normalize(rows, dim=1)
+        save_file({"rows": rows.contiguous()}, folder / f"rows-00000000-{len(rows):08d}.safetensors")
+    else:
+        given = [parent / shard.file for shard in spec.shards] if rows is None else rows
+        for file in given:
+            try:
+                (folder / file.name).hardlink_to(file)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+    module = build_encoder(spec.encoder, root=parent)
+    import pyarrow as pa
+
+    classes = pa.ipc.open_file(pa.memory_map(str(parent / "classes.arrow"))).read_all()
+    write_model(
+        folder,
+        encoder=module,
+        input_kind=spec.input,
+        input_shape=spec.shape,
+        predictor=spec.predictor,
+        classes=classes,
+        state={name: encoder[name] for name in module.state_dict()},
+        normalized=spec.normalized,
+        prior=spec.prior,
+        scale=spec.scale,
+        label_form=spec.label_form,
+        manifest_digest=spec.manifest,
+        code_version=__version__,
+        extra=dict(spec.extra) | dict(extra or {}),
+    )
+    return folder

@@ -98,7 +98,7 @@ def command(here: Path, head: RayHead | None, *args: object, **more: str) -> sub
     """One call of labelmill in the user's folder, against the cluster."""
     call = [*LABELMILL, *map(str, args)]
     env = surroundings(here, head, **more)
-    return subprocess.run(call, cwd=here, env=env, capture_output=True, text=True, timeout=150)
+    return subprocess.run(call, cwd=here, env=env, capture_output=True, text=True, timeout=300)
 
 
 def write(here: Path, name: str, **job: Any) -> Path:

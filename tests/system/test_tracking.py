@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.server
+import io
 import json
 import math
 import os
@@ -25,16 +26,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from rich.console import Console
 
+from labelmill.data.labels import LabelSpec
+from labelmill.data.manifest import FieldSpec
+from labelmill.data.writer import ShardWriter
 from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, TrackingError
 from labelmill.heads.storage import save_range
+from labelmill.host import Host
 from labelmill.job import TrackingConfig
+from labelmill.run import execute
 from labelmill.tracking import registry
 from labelmill.tracking.config import Store, client_env
 from labelmill.tracking.model import write_model
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version, read_report
+from labelmill.training.inprocess import fit_here
+from labelmill.workload import load_job
 
 WORDS = ["hello", "world", "banana", "orange", "apple"]
 QUICK = {"system_metrics": False, "interval_s": 0.05, "timeout_s": 3.0}
@@ -319,6 +328,35 @@ def test_register_promote_and_predict(local: TrackingConfig, output: Path, packa
         assert registry.resolve(local, output, ref).version == version
         answers = registry.predict(local, output, ref, ["bananna", "helo"], k=2)
         assert answers[answers["rank"] == 1]["class"].tolist() == ["banana", "hello"]
+
+
+def test_a_job_that_goes_on_from_a_registered_model_names_it_as_its_parent(output: Path, tmp_path: Path) -> None:
+    fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=5)
+    with ShardWriter(tmp_path / "data", "words", fields, label, layout="packed") as writer:
+        for i in range(40):
+            writer.write(f"s{i}", {"text": f"{WORDS[i % 5]} {i}"}, {"label": i % 5})
+        writer.close(pa.table({"name": WORDS[::-1]}))  # the same classes in another order
+    job = {
+        "workload": "discrimination.partial_fc",
+        "name": "goes-on",
+        "output": str(output),
+        "data": {"train": str(tmp_path / "data"), "test": str(tmp_path / "data")},
+        "encoder": {"kind": "char_ngrams", "dim": 32, "buckets": 1024, "hidden": 0},
+        "head": {"initial": {"checkpoint": "models:/speller@champion", "encoder": "fresh", "optimizer": "fresh"}},
+        "train": {"global_batch": 8, "steps": 2},
+        "tracking": QUICK,
+        "register_as": "speller-next",
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    method, checked = load_job(tmp_path / "job.yaml", [])
+    text = io.StringIO()
+    host = Host(output / "goes-on", fit=fit_here)
+    try:
+        execute(checked, method.run, console=Console(file=text, width=200), host=host)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "5 classes go on, 0 are new, 0 end" in text.getvalue()
+    assert registry.resolve(TrackingConfig(**QUICK), output, "speller-next").parents == ("speller/1",)
 
 
 def test_the_logged_model_is_plain_files_with_a_signature(local: TrackingConfig, output: Path) -> None:

@@ -25,7 +25,6 @@ from labelmill.tracking.mlflow_model import PACKAGE, check_package
 from labelmill.tracking.registry import ModelVersion
 
 
-
 def cache_folder() -> Path:
     """`$LABELMILL_MODELS`, else a folder of this user's under the system's for temporary files. Made if need be.
 

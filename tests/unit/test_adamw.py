@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import sys, torch
 from labelmill.training.adamw import AdamW
@@ -32,5 +35,6 @@ print("equal")
 
 
 def test_it_is_torchs_without_the_import_of_the_compiler() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+    done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == "equal\n", done.stderr

@@ -73,6 +73,7 @@ class Run:
         self._connected = host is not None
         self._trained: set[str] = set()  # keys of stages that training went into
         self._stop = threading.Event()  # fits side by side are to end
+        self._parents: dict[str, None] = {}  # registered models that were used, as NAME/VERSION
 
     # --- stages ------------------------------------------------------------------------------------------
 
@@ -231,6 +232,18 @@ class Run:
         for key, reason in bad:
             log.warning("data set %s: sample %s can't be decoded: %s", data.name, key, reason)
 
+    def model(self, ref: str) -> Path:
+        """The folder of a registered model (`NAME`, `NAME@alias`, `NAME/version`, with or without `models:/`).
+
+        It becomes a parent of every model that this run registers from here on. Raises TrackingError for an unknown one,
+        DataError for one that isn't what was registered.
+        """
+        from labelmill.serving.package import fetch_package
+
+        version, folder = fetch_package(self.job.tracking, self.job.output, ref)
+        self._parents[f"{version.name}/{version.version}"] = None
+        return folder
+
     def register(
         self,
         name: str,
@@ -246,9 +259,10 @@ class Run:
         """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`.
 
         With `index` the package also holds an approximate index over the rows. `parents`: references of the registered
-        models that it was made from.
+        models that it was made from, beside those of `Run.model`.
         """
-        lineage = {"parents": list(parents)} if parents else {}  # without any, earlier runs' stages keep their key
+        known = list(dict.fromkeys([*self._parents, *parents]))
+        lineage = {"parents": known} if known else {}  # without any, earlier runs' stages keep their key
         return self.stage(
             "register",
             _register,

@@ -146,8 +146,13 @@ def test_the_best_settings_are_a_job_and_the_search_is_over(halved: dict[str, An
 # --- population-based training --------------------------------------------------------------------------
 
 
-def test_a_population_takes_over_weights_and_changes_settings(tmp_path: Path, ray_session: None) -> None:
+ENGINES = ["in_process", pytest.param("workers", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_population_takes_over_weights_and_changes_settings(tmp_path: Path, ray_session: None, engine: str) -> None:
     search = {
+        "engine": engine,
         "metric": "train/loss",
         "goal": "min",
         "trials": 2,
@@ -213,6 +218,37 @@ def mark(report: Report, record: Record) -> int:
 # --- workers, crash -------------------------------------------------------------------------------------
 
 
+def free_again() -> bool:
+    """Whether all CPUs of the cluster are free, or become so."""
+    import ray
+
+    until = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"] and time.monotonic() < until:
+        time.sleep(0.2)
+    return ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.slow
+def test_halving_stops_trials_with_ray_workers(tmp_path: Path, ray_session: None) -> None:
+    search = {
+        "metric": "eval/top1",
+        "space": {"train.learning_rate": [0.02, 0.000001]},
+        "searcher": "grid",
+        "engine": "workers",
+        "scheduler": {"kind": "asha", "grace_steps": 200, "reduction": 2},
+        "concurrent": 1,
+    }
+    path = search_job(tmp_path, "halving-workers", search, steps=600, evaluate_every=50)
+    report, _ = tune(path)
+    good, bad = records(tmp_path, "halving-workers")
+    assert (good.status, good.step) == ("finished", 600)
+    trials = tmp_path / "runs/halving-workers/search/trials"
+    assert max(h["step"] for h in histories(trials / good.name)) == 600
+    assert max(h["step"] for h in histories(trials / bad.name)) < 600, "its workers were ended"
+    assert [row[2] for row in report.tables["trials"].rows] == ["best", "stopped"]
+    assert free_again()
+
+
 def test_trials_with_ray_workers_leave_nothing_behind(tmp_path: Path, ray_session: None) -> None:
     """Two at once on two CPUs: one fails, which is one too many, while the other one's workers train."""
     search = {
@@ -231,12 +267,7 @@ def test_trials_with_ray_workers_leave_nothing_behind(tmp_path: Path, ray_sessio
     assert (good.status, broken.status) == ("running", "failed")
     report = Report.load(tmp_path / "runs/workers/search/report")
     assert [row[2] for row in report.tables["trials"].rows] == ["stopped", "failed"]
-    import ray
-
-    until = time.monotonic() + 20
-    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"] and time.monotonic() < until:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+    assert free_again()
 
 
 def test_a_killed_search_goes_on_and_runs_no_finished_trial_again(tmp_path: Path) -> None:

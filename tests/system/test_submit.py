@@ -118,25 +118,36 @@ def get(head: RayHead, path: str, token: str = TOKEN) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def test_a_job_trains_there_as_it_does_here(head: RayHead, here: Path) -> None:
+@pytest.fixture(scope="module")
+def colours(here: Path) -> dict[str, Any]:
+    """A job of the user's own method that can be searched with, and its data."""
     rows = "".join(f"{word} number {i},{word}\n" for i in range(12) for word in ("red", "green", "blue"))
     (here / "colours.csv").write_text(f"text,label\n{rows}")
     table = ["data", "import", "table", "colours.csv", "--text", "text", "--label", "label"]
     assert command(here, None, *table, "--split", "train=0.7,test=0.3", "--out", "data").returncode == 0
-    job = write(
-        here,
-        "smoothed",
-        workload="mine.smoothed",
-        data={"train": "data/train", "test": "data/test"},
-        encoder={"kind": "char_ngrams", "dim": 16, "buckets": 512, "hidden": 0},
-        train={"global_batch": 8, "steps": 40, "learning_rate": 0.05},
-        cluster={"workers": 2},
-    )
+    return {
+        "workload": "mine.smoothed",
+        "data": {"train": "data/train", "test": "data/test"},
+        "encoder": {"kind": "char_ngrams", "dim": 16, "buckets": 512, "hidden": 0},
+        "train": {"global_batch": 8, "steps": 40, "learning_rate": 0.05},
+        "search": {
+            "metric": "train/loss",
+            "goal": "min",
+            "space": {"train.learning_rate": [0.05, 0.00001]},
+            "searcher": "grid",
+            "engine": "in_process",
+        },
+    }
+
+
+def test_a_job_trains_there_as_it_does_here(head: RayHead, here: Path, colours: dict[str, Any]) -> None:
+    job = write(here, "smoothed", **colours)
     done = command(here, head, "submit", job, "--follow")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "my_methods-0.1-0" in lines[0], "the package that announces the method travels with labelmill"
     assert "labelmill-" in lines[0]
+    assert "--tune would search" in lines[1]
     start = next(i for i, line in enumerate(lines) if line == "fit: starts")
     assert any(re.match(r"fit: 40 / 40 · .*samples/s", line) for line in lines[start:])
     assert any(re.match(r"fit: done in [\d.]+ s", line) for line in lines[start:])
@@ -149,6 +160,23 @@ def test_a_job_trains_there_as_it_does_here(head: RayHead, here: Path) -> None:
     report = json.loads((here / "runs" / "smoothed" / "report" / "report.json").read_text())
     assert report["metrics"]["test/top1"] > 0.9
     assert report["meta"]["version"]
+
+
+def test_a_search_runs_there(head: RayHead, here: Path, colours: dict[str, Any]) -> None:
+    job = write(here, "searched", **colours)
+    wrong = command(here, head, "submit", job, "--tune", "--set", "search.space={train.rate: [1]}")
+    assert wrong.returncode == 2
+    assert "search.space.train.rate" in wrong.stderr, "said here, before anything is sent"
+
+    done = command(here, head, "submit", job, "--tune", "--follow", "--id", "searched-1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "searched: 2 trials, 2 at once" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("searched-1: SUCCEEDED")
+    root = here / "runs" / "searched" / "search"
+    table = json.loads((root / "report" / "report.json").read_text())["tables"]["trials"]
+    assert sorted(row[2] for row in table["rows"]) == ["best", "finished"]
+    best = yaml.safe_load((root / "best.yaml").read_text())
+    assert best["train"]["learning_rate"] == 0.05
 
 
 def test_looking_and_stopping(head: RayHead, here: Path) -> None:

@@ -27,7 +27,7 @@ from labelmill.training.attempts import read_attempts
 from labelmill.training.checkpoint_files import step_of
 from labelmill.training.local import spawn
 from tests import survival_cluster, survival_hosts
-from tests.survival import assert_as_uninterrupted, assert_no_orphans, losses, train_locally, write_texts
+from tests.survival import assert_as_uninterrupted, assert_no_orphans, fit_task, losses, train_locally, write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +142,28 @@ def test_stragglers_are_those_whose_own_work_takes_longer() -> None:
     assert marked(50, 90) == [False, True]
     assert marked(1, 3) == [False, False], "a few milliseconds are noise"
     assert marked(50, None) == [False, False]
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_is_killed(whole: dict[str, Any], tmp_path: Path, ray_session: None) -> None:
+    from labelmill.job import ClusterConfig
+    from labelmill.training.fit import fit
+
+    killed: list[int] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "metrics" and event["step"] >= 40 and not killed:
+            victim = survival_cluster.processes("ray::RayTrainWorker")[0]
+            killed.append(victim.pid)
+            victim.kill()
+
+    task = fit_task(whole["data"], tmp_path / "work", survival_cluster.STEPS, pause_s=0.01)
+    fit(task, ClusterConfig(workers=2, cpus_per_worker=0.75, read_cpus=0.25), "killed", on_event)
+    attempts = read_attempts(tmp_path / "work")
+    assert [attempt["workers"] for attempt in attempts] == [2, 2]
+    assert attempts[1]["from_step"] >= 36
+    assert attempts[1]["outage_s"] > 0
+    assert_as_uninterrupted(tmp_path / "work", whole["work"])
 
 
 # --- hosts ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.server
+import io
+import itertools
 import json
 import math
 import os
@@ -25,16 +27,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from rich.console import Console
 
+from labelmill.data.labels import LabelSpec
+from labelmill.data.manifest import FieldSpec
+from labelmill.data.writer import ShardWriter
 from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, TrackingError
 from labelmill.heads.storage import save_range
+from labelmill.host import Host
 from labelmill.job import TrackingConfig
+from labelmill.run import execute
 from labelmill.tracking import registry
 from labelmill.tracking.config import Store, client_env
 from labelmill.tracking.model import write_model
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker, code_version, read_report
+from labelmill.training.inprocess import fit_here
+from labelmill.workload import load_job
 
 WORDS = ["hello", "world", "banana", "orange", "apple"]
 QUICK = {"system_metrics": False, "interval_s": 0.05, "timeout_s": 3.0}
@@ -321,6 +331,46 @@ def test_register_promote_and_predict(local: TrackingConfig, output: Path, packa
         assert answers[answers["rank"] == 1]["class"].tolist() == ["banana", "hello"]
 
 
+def write_words(folder: Path, classes: list[str] | None = None) -> None:
+    """A data set of forty texts in five classes."""
+    fields, label = {"text": FieldSpec(kind="text", ext="txt")}, LabelSpec(form="single", num_classes=5)
+    with ShardWriter(folder, "words", fields, label, layout="packed") as writer:
+        for i in range(40):
+            writer.write(f"s{i}", {"text": f"{WORDS[i % 5]} {i}"}, {"label": i % 5})
+        writer.close(pa.table({"name": classes or WORDS}))
+
+
+def words_job(data: Path, output: Path) -> dict[str, Any]:
+    """A classifier over it, as a job file without its name and its training."""
+    return {
+        "workload": "discrimination.partial_fc",
+        "output": str(output),
+        "data": {"train": str(data), "test": str(data)},
+        "encoder": {"kind": "char_ngrams", "dim": 32, "buckets": 1024, "hidden": 0},
+        "tracking": QUICK,
+    }
+
+
+def test_a_job_that_goes_on_from_a_registered_model_names_it_as_its_parent(output: Path, tmp_path: Path) -> None:
+    write_words(tmp_path / "data", WORDS[::-1])  # the same classes in another order
+    job = words_job(tmp_path / "data", output) | {
+        "name": "goes-on",
+        "head": {"initial": {"checkpoint": "models:/speller@champion", "encoder": "fresh", "optimizer": "fresh"}},
+        "train": {"global_batch": 8, "steps": 2},
+        "register_as": "speller-next",
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    method, checked = load_job(tmp_path / "job.yaml", [])
+    text = io.StringIO()
+    host = Host(output / "goes-on", fit=fit_here)
+    try:
+        execute(checked, method.run, console=Console(file=text, width=200), host=host)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "5 classes go on, 0 are new, 0 end" in text.getvalue()
+    assert registry.resolve(TrackingConfig(**QUICK), output, "speller-next").parents == ("speller/1",)
+
+
 def test_the_logged_model_is_plain_files_with_a_signature(local: TrackingConfig, output: Path) -> None:
     import mlflow
 
@@ -581,3 +631,53 @@ def test_a_server_that_is_away_at_the_start_gets_everything_later(server: Server
     with client_env(Store.of(config, tmp_path)) as client:
         run = client.get_run(tracker.run_id)
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_ray_trains_loses_nothing(
+    server: Server, tmp_path: Path, ray_session: None
+) -> None:
+    """SIGKILL in the middle of a fit, and a start some seconds later: every point arrives, no step waits for it."""
+    write_words(tmp_path / "data")
+    steps, every = 5000, 10
+    job = words_job(tmp_path / "data", tmp_path / "runs") | {
+        "name": "struck",
+        "cluster": {"workers": 1, "cpus_per_worker": 0.5},
+        "train": {"global_batch": 8, "steps": steps, "log_every": every},
+        "tracking": QUICK | {"uri": server.uri, "experiment": "struck"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    away: list[float] = []
+
+    def logged() -> list[dict[str, float]]:
+        found = [path.read_text() for path in (tmp_path / "runs").glob("struck/stages/fit-*/history.jsonl")]
+        return [json.loads(line) for text in found for line in text.splitlines()]
+
+    def strike() -> None:
+        deadline = time.monotonic() + 120
+        while len(logged()) < 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.kill()
+        away.append(time.time())
+        time.sleep(5)
+        server.start()
+        away.append(time.time())
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    method, checked = load_job(tmp_path / "job.yaml", [])
+    execute(checked, method.run, console=Console(file=io.StringIO()))
+    striker.join()
+
+    records = logged()
+    assert [record["step"] for record in records] == list(range(every, steps + 1, every))
+    during = [r["time"] for r in records if away[0] - 1 < r["time"] < away[1] + 5]
+    assert len(during) > 20, "it went on training while the server was away"
+    assert max(b - a for a, b in itertools.pairwise(during)) < 1.0, "seconds between points, ten steps apart"
+    config = checked.tracking
+    state = json.loads((tmp_path / "runs/struck/run.json").read_text())
+    got = history(config, tmp_path / "runs", state["mlflow_run"], "train/loss")
+    assert got == [(record["step"], pytest.approx(record["train/loss"])) for record in records]
+    assert not list((tmp_path / "runs/struck").glob("tracking-spool-*"))
+    with client_env(Store.of(config, tmp_path / "runs")) as client:
+        assert client.get_run(state["mlflow_run"]).info.status == "FINISHED"

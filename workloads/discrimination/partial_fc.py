@@ -225,11 +225,16 @@ def ranked_classes(fit: Stage, name: str = "test") -> tuple[np.ndarray, np.ndarr
     return matrix("class_id"), matrix("score"), matrix("label")
 
 
-def start_of(job: PartialFCJob, train: Manifest, work: Path) -> HeadStart:
-    """What `head.initial` names, checked. Raises DataError."""
+def start_of(job: PartialFCJob, run: Run, train: Manifest) -> HeadStart:
+    """What `head.initial` names, checked. Raises DataError, TrackingError for an unknown registered model."""
+    head, initial = job.head, job.head.initial
+    assert initial is not None
+    if initial.checkpoint.startswith("models:/"):
+        place = {"checkpoint": str(run.model(initial.checkpoint).resolve())}
+        head = head.model_copy(update={"initial": initial.model_copy(update=place)})
     encoder = build_encoder(job.encoder)
     weights = dict(encoder.named_parameters(prefix="encoder")) | dict(encoder.named_buffers(prefix="encoder"))
-    return find_start(job.head, train, weights, encoder.dim, work)
+    return find_start(head, train, weights, encoder.dim, run.folder / "initial")
 
 
 CLASSIFIER_METRICS = ("test/top1", "test/top5", "train/final_loss", "train/samples_per_second")
@@ -244,7 +249,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
     run.track_data(train=stream, test=test)
     goes_on: dict[str, HeadStart] = {}
     if job.head.initial:
-        goes_on["initial"] = start_of(job, train, run.folder / "initial")
+        goes_on["initial"] = start_of(job, run, train)
         run.progress.line(f"head.initial: {goes_on['initial']}")
     fit = run.stage(
         "fit",

@@ -19,7 +19,7 @@ class InitialHead(StrictModel):
     checkpoint: str = Field(
         min_length=1,
         description="a checkpoint, a folder of checkpoints (the newest counts), a run, a saved head, or a packaged "
-        "model; a path, or a URI of a checkpoint or saved head",
+        "model; a path, a URI of a checkpoint or saved head, or a registered model (models:/NAME@alias)",
     )
     classes: str | None = Field(
         None,

@@ -9,12 +9,17 @@ Shape legend: C classes, S sampled classes, D embedding size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 _ROWS, _CLASSES, _BLOCKS = 1, 2, 3  # what a random stream is for: keeps streams of equal (seed, index) apart
 MIN_BLOCKS = 64
+_loaded_later: ContextVar[bool] = ContextVar("loaded_later", default=False)
 
 
 def block_size(num_classes: int, block_rows: int) -> int:
@@ -45,6 +50,8 @@ def initial_rows(
     The numbers are float32 whatever the `dtype`, so a double-precision head starts where a single-precision
     one does.
     """
+    if _loaded_later.get():
+        return torch.zeros(stop - start, dim, dtype=dtype)
     rows = torch.empty(stop - start, dim, dtype=dtype)
     size = block_size(num_classes, block_rows)
     for first in range(start, stop, size):
@@ -52,6 +59,16 @@ def initial_rows(
         block = _random(seed, _ROWS, first // size).standard_normal((last - first, dim), dtype=np.float32)
         rows[first - start : last - start] = torch.from_numpy(block)
     return rows.mul_(std)
+
+
+@contextmanager
+def loaded_later() -> Iterator[None]:
+    """Inside, first rows are zeros: a checkpoint is about to fill them all, and drawing a million takes seconds."""
+    token = _loaded_later.set(True)
+    try:
+        yield
+    finally:
+        _loaded_later.reset(token)
 
 
 def sampled_classes(num_classes: int, rate: float, seed: int, step: int) -> Tensor:

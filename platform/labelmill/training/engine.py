@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from labelmill.data.stream import Batch
 from labelmill.heads.traffic import waiting
+from labelmill.training.adamw import AdamW
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import quiet_deepspeed
 from labelmill.training.objective import Losses, Objective
@@ -61,7 +62,7 @@ class Engine:
             for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
             if params
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+        optimizer = AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.optimizer_steps = 0

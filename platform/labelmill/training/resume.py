@@ -7,6 +7,7 @@ a copy of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from labelmill.errors import DataError
+from labelmill.heads.sampling import loaded_later
 from labelmill.training.checkpoint import gather, restore
 from labelmill.training.checkpoint_copies import Copies, newest
 from labelmill.training.checkpoint_files import (
@@ -94,7 +96,8 @@ def _open(
     task: FitTask, found: Path | None, device: torch.device, progress: Progress, lap: Callable[[str], None]
 ) -> tuple[Engine, Position]:
     torch.manual_seed(task.seed)
-    objective = task.objective().to(device)
+    with loaded_later() if found else nullcontext():
+        objective = task.objective().to(device)
     for head in objective.heads.values():
         head.to(device)
     error: Exception | None = None

@@ -46,7 +46,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Losses, Objective
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.noisy.audited import add_noise
+from workloads.noisy.audited import add_noise, require_single
 
 VALIDATION_FOLDS = 10  # with noise added on purpose, a tenth of the training set keeps its clean labels
 
@@ -157,7 +157,10 @@ class CoTeaching(Objective):
         self.nets = nn.ModuleList([CompressedNet(encoder, num_classes, compression, seed) for _ in weights])
         # here, not in `start`: the engine copies weights when it is made
         for net, path in zip(self.pair, weights, strict=True):
-            net.load_state_dict(load_file(path))
+            state = load_file(path)
+            if "prefix" not in state:
+                raise DataError(f"{path}: this model doesn't say how many channels it uses; train stage 1 again.")
+            net.load_state_dict(state)
         self.section, self.ramp_steps = section, int(section.ramp * total_steps)
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
@@ -318,6 +321,7 @@ def _choose(fitted: Fitted) -> dict[str, Any]:
 @workload("noisy.nested_coteaching", NestedJob)
 def nested_coteaching(job: NestedJob, run: Run) -> None:
     train, test = job.data.open()
+    require_single(train, job.workload)
     data, options = train, input_options(job.encoder, job.seed)
     if job.noise:
         image = image_options(job.encoder)

@@ -37,7 +37,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.passes import load_embeddings
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.noisy.audited import add_noise, clean_labels, labels_by_key, predicted_classes
+from workloads.noisy.audited import add_noise, clean_labels, labels_by_key, predicted_classes, require_single
 from workloads.noisy.rcal_objectives import Calibrated, Calibration, Contrast, ContrastSection
 
 _MOST_GB = 4.0  # of full covariances
@@ -198,10 +198,7 @@ def fit_calibrated(
 @workload("noisy.rcal", RcalJob)
 def rcal(job: RcalJob, run: Run) -> None:
     train, test = job.data.open()
-    if train.label.form != "single":
-        raise JobError(
-            f"noisy.rcal takes a single label a sample; {train.name!r} has labels of form {train.label.form}."
-        )
+    require_single(train, job.workload)
     options, data, noisy_test = input_options(job.encoder, job.seed), train, None
     if job.long_tail:
         data = run.stage("long-tail", cut_tail, train=train, tail=job.long_tail, seed=job.seed).manifest("train")

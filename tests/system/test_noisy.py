@@ -122,6 +122,7 @@ SMALL_NETS = {
         "arms": "{nested: {kind: nested, eta: 8}}",
         "coteaching.rate": 0.3,
         "train.epochs": 10,
+        "train.evaluate_every": 25,
     },
     "rcal-fashion.yaml": {
         "long_tail": "{largest: 120, ratio: 4}",

@@ -127,7 +127,7 @@ SMALL_NETS = {
     "rcal-fashion.yaml": {
         "long_tail": "{largest: 120, ratio: 4}",
         "noise": "{kind: frequency, rate: 0.2}",
-        "contrast.queue": 64,
+        "contrast": "{queue: 64}",
         "contrast_train": "{global_batch: 60, epochs: 4, learning_rate: 0.003}",
         "arms": "{RCAL: {}}",
         "train.epochs": 20,

@@ -165,6 +165,7 @@ def test_jobs_that_cannot_work_are_refused() -> None:
         ({"train": {"global_batch": 8, "steps": 8, "zero_stage": 3}}, "zero_stage 0, 1 or 2"),
         ({"long_tail": {"largest": 10, "ratio": 1}}, "greater than 1"),
         ({"arms": {}}, "at least 1"),
+        ({"contrast": {"encoder": {"kind": "char_ngrams", "dim": 9}}}, "augmentation only, not in dim"),
     ):
         with pytest.raises(ValidationError, match=message):
             rcal.RcalJob.model_validate(job | change)

@@ -75,6 +75,11 @@ class RcalJob(TrainJob):
     def _check(self) -> RcalJob:
         if self.data.select or self.data.mix:
             raise ValueError("noisy.rcal trains on one whole set: leave data.select and data.mix out")
+        if (other := self.contrast.encoder) is not None:
+            ours, theirs = (e.model_dump(exclude={"augment", "typos"}) for e in (self.encoder, other))
+            if ours != theirs:
+                wrong = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+                raise ValueError(f"contrast.encoder may differ from encoder in its augmentation only, not in {wrong}")
         if (self.contrast_train or self.train).zero_stage == 3:
             raise ValueError("noisy.rcal moves a key encoder after whole weights: use zero_stage 0, 1 or 2")
         return self

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The recorded experiments: each job with three seeds, then mean and range of its metrics. About 25 minutes on 2 cores.
+# The recorded experiments: each job with three seeds, then mean and range of its metrics. About 80 minutes on 2 cores.
+# Parts of it alone: .venv/bin/python ci/experiments/noisy.py ldr. What has finished is not run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
@@ -7,3 +8,4 @@ for seed in 0 1 2; do
   $bin/labelmill run workloads/discrimination/jobs/mlcd-fashion.yaml --set "name=mlcd-fashion-s$seed" --set "seed=$seed"
 done
 $bin/python ci/summarize.py runs/mlcd-fashion-s{0,1,2}
+OMP_NUM_THREADS=1 $bin/python ci/experiments/noisy.py

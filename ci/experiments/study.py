@@ -57,10 +57,10 @@ def best(found: Mapping[Any, float]) -> Any:
     return max(found, key=lambda key: found[key])
 
 
-def spread(values: Sequence[float], scale: float = 100.0) -> str:
-    """`mean ± standard deviation` over seeds."""
+def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
+    """`mean ± standard deviation` over seeds, in percent unless `scale` says otherwise."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * statistics.mean(values):.1f} ± {scale * deviation:.1f}"
+    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
 
 
 def gain(values: Sequence[float], base: Sequence[float]) -> str:

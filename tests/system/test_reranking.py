@@ -104,6 +104,10 @@ def test_ranks_swap_where_the_closed_form_says(place: Path) -> None:
     fewer = run(place, corrected=str(place / "agreed"))
     assert fewer.metrics["original/large/1"] == pytest.approx(94 / 105), "rows without an agreed label don't count"
 
+    made = run(place, noise={"kind": "asymmetric", "rate": 0.2, "map": {0: 1}})
+    assert made.metrics["prevalence"] == pytest.approx(22 / 110)
+    assert made.metrics["corrected/large/1"] == pytest.approx(99 / 110)
+
 
 def test_votes_decide_what_is_corrected_and_what_is_left_out(place: Path) -> None:
     wrong = keys(range(FINE, FINE + WRONG))
@@ -136,6 +140,8 @@ def test_what_cannot_be_compared_is_refused(place: Path) -> None:
         run(place)
     with pytest.raises(JobError, match="go together"):
         run(place, votes="v.json")
+    with pytest.raises(JobError, match="leave corrected and votes out"):
+        run(place, corrected="c", noise={"kind": "symmetric", "rate": 0.2})
     with pytest.raises(JobError, match="listed twice"):
         run(place, models=["large", "large"])
     with pytest.raises(DataError, match="no label was corrected"):

@@ -27,6 +27,7 @@ from labelmill.losses.coteaching import (
     prefix_hits,
     small_loss,
 )
+from workloads.noisy.best_weights import kept_weights
 from workloads.noisy.nested_coteaching import CompressedNet, Compression, CoTeaching, CoTeachingSection, NestedJob
 
 ENCODER = CharNgramsConfig(dim=16, buckets=256, hidden=16)
@@ -184,6 +185,53 @@ def test_two_nets_teach_each_other(tmp_path: Path) -> None:
     assert (both.predict(batch)["by_prefix"][:, -1] == mean.argmax(1)).all()
 
 
+def test_the_weights_of_the_best_evaluation_are_kept(tmp_path: Path) -> None:
+    batch = batch_of()
+    torch.manual_seed(0)
+    kept = CompressedNet(ENCODER, 4, Compression(kind="nested", eta=4.0), 0, keep_best=True)
+    optimizer = torch.optim.Adam(kept.parameters(), lr=0.05)
+
+    def accuracy() -> tuple[float, int]:
+        found = kept.predict(batch)["by_prefix"]
+        of_D = (found == batch.labels.ids_BP).double().mean(dim=0)
+        k = best_prefix(of_D)
+        return float(of_D[k - 1]), k
+
+    assert kept.best is not None
+    for _ in range(40):
+        optimizer.zero_grad()
+        kept.forward(batch).total.backward()
+        optimizer.step()
+    first, prefix = accuracy()  # nothing was evaluated: the live weights
+    assert first > 0.7
+    kept.evaluate(batch)
+    best = {name: value.clone() for name, value in kept.named_parameters()}
+    kept.forward(batch)  # the next step settles the evaluation
+    assert float(kept.best.score) == pytest.approx(first - 1e-5 * (prefix - 1))
+    with torch.no_grad():
+        for parameter in kept.parameters():
+            parameter.zero_()  # training goes wrong
+    kept.evaluate(batch)
+    kept.finish(lambda done, total: None)
+    assert accuracy() == (first, prefix), "worse weights aren't kept, and predictions come from the best"
+    assert not any(bool(parameter.any()) for parameter in kept.parameters()), "live weights are as they were"
+
+    again = CompressedNet(ENCODER, 4, kept.compression, 0, keep_best=True)
+    again.load_state_dict(kept.state_dict())
+    assert again.best is not None
+    assert float(again.best.score) == float(kept.best.score), "a resume goes on from the best so far"
+    state = kept_weights(kept.state_dict())
+    assert not any(name.startswith("best.") for name in state)
+    for name, value in best.items():
+        torch.testing.assert_close(state[name], value)
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "net.safetensors")
+    paths = [str(tmp_path / "net.safetensors")] * 2
+    both = CoTeaching(ENCODER, 4, kept.compression, paths, CoTeachingSection(rate=0.5), 10, seed=9, keep_best=True)
+    both.evaluate(batch)
+    both.forward(batch)
+    assert [int(one.prefix) for one in both.pair] == [prefix, prefix], "both judge with what the evaluation found"
+
+
 def test_jobs_that_cannot_work_are_refused() -> None:
     data = {"train": "a", "test": "b"}
     job = {
@@ -197,6 +245,7 @@ def test_jobs_that_cannot_work_are_refused() -> None:
         ({"noise": None}, "chosen on clean samples"),
         ({"train": {"global_batch": 6, "steps": 8}}, "halves a worker's 3 samples"),
         ({"coteaching": {"rate": 1.0}}, "less than 1"),
+        ({"train": {"global_batch": 8, "steps": 8, "evaluate_every": 4, "zero_stage": 3}}, "zero_stage 0, 1 or 2"),
         ({"arms": {"a": {"kind": "nested", "eta": 0}}}, "greater than 0"),
     ):
         with pytest.raises(ValidationError, match=message):

@@ -23,7 +23,7 @@ from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import DataError
 from labelmill.stages import Stage
 from workloads.noisy import rcal
-from workloads.noisy.rcal_objectives import Calibrated, Calibration, Contrast, ContrastSection
+from workloads.noisy.rcal_objectives import Calibrated, Calibration, Contrast, ContrastSection, balancing_weights
 
 ENCODER = CharNgramsConfig(dim=8, buckets=256, hidden=16)
 Make = Callable[..., Manifest]
@@ -94,6 +94,19 @@ def test_the_parts_of_the_calibrated_loss(make_text_data: Make, tmp_path: Path) 
     assert (drawn[:, 0] - 100.0 * classes).abs().max() < 6, "features come from their class"
 
 
+def test_balanced_weights_undo_the_class_sizes(make_text_data: Make, tmp_path: Path) -> None:
+    data = make_text_data(40, 40)  # 7 classes, the first 5 with one sample more
+    weight_K = balancing_weights(data)
+    count_K = torch.bincount(torch.arange(40) % 7).float()
+    torch.testing.assert_close(weight_K * count_K, torch.full((7,), 40 / 7))
+    arm = Calibration(pretrained=False, synthetic=0, anchor=0, mixup=0, balanced=True)
+    model = Calibrated(ENCODER, data, arm, "", "", "", seed=0)
+    batch = batch_of(data, model)
+    loss_B = F.cross_entropy(model.classes(model.encoder(batch.inputs)), batch.labels.single_B, reduction="none")
+    want = (loss_B * weight_K[batch.labels.single_B]).mean()
+    assert model.forward(batch).total.item() == pytest.approx(want.item())
+
+
 def test_mixup_is_linear_in_the_labels_and_leaves_holes_out(make_text_data: Make, tmp_path: Path) -> None:
     data = make_text_data(40, 40)
     model = Calibrated(ENCODER, data, Calibration(synthetic=0, anchor=0, mixup=1e-3), *files(tmp_path, data), seed=0)
@@ -152,6 +165,7 @@ def test_jobs_that_cannot_work_are_refused() -> None:
         ({"train": {"global_batch": 8, "steps": 8, "zero_stage": 3}}, "zero_stage 0, 1 or 2"),
         ({"long_tail": {"largest": 10, "ratio": 1}}, "greater than 1"),
         ({"arms": {}}, "at least 1"),
+        ({"contrast": {"encoder": {"kind": "char_ngrams", "dim": 9}}}, "augmentation only, not in dim"),
     ):
         with pytest.raises(ValidationError, match=message):
             rcal.RcalJob.model_validate(job | change)

@@ -146,6 +146,16 @@ def report_models(run: Run, fits: Mapping[str, Stage], test: Manifest, noisy_tes
         rows.append(row)
         report_training(run, Fitted(fit.folder), fit["seconds"], key)
         run.report_data_health(Fitted(fit.folder))
+    tested = {name: run.report.metrics[f"test/{name.replace(' ', '_')}"] for name in fits}
+    if "all labels" in tested and "cleaned" in tested:
+        others = [
+            f"{name} {100 * value:.1f} %" for name, value in tested.items() if name not in ("all labels", "cleaned")
+        ]
+        compare = f" ({', '.join(others)})" if others else ""
+        run.report.notes.append(
+            f"test accuracy before, trained on all labels: {100 * tested['all labels']:.1f} %; after acting on the issues: "
+            f"{100 * tested['cleaned']:.1f} %{compare}."
+        )
     columns = ["trained on", "samples", "clean test %" if given else "test %"] + (["noisy test %"] if given else [])
     run.report.add_table("accuracy", columns, rows, "the interval is that of the test sample, not of the seed")
     if compared:

@@ -104,6 +104,12 @@ def add_noise(
     return {"changed": changed}
 
 
+def require_single(data: Manifest, method: str) -> None:
+    """Raises JobError for a data set whose samples don't have one label each."""
+    if data.label.form != "single" or data.label.num_classes is None:
+        raise JobError(f"{method} takes a single label a sample; {data.name!r} has labels of form {data.label.form}.")
+
+
 def labels_by_key(data: Manifest) -> dict[str, int]:
     """Key -> label of a set of single labels."""
     tables = [read_labels(data, i) for i in range(len(data.shards))]

@@ -53,7 +53,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
 from workloads.noisy.audit_report import report_audit, report_models
-from workloads.noisy.audited import add_noise, audited, clean_labels, fit_audited
+from workloads.noisy.audited import add_noise, audited, clean_labels, fit_audited, require_single
 
 Action = Literal["drop", "relabel", "weight"]
 
@@ -217,6 +217,7 @@ def selected(stream: AnySpec, stage: Stage) -> AnySpec:
 @workload("noisy.confident", ConfidentJob)
 def confident(job: ConfidentJob, run: Run) -> None:
     train, test = job.data.open()
+    require_single(train, job.workload)
     options = input_options(job.encoder, job.seed)
     given = {"train": train, "test": test}
     if job.noise:

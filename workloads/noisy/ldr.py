@@ -25,7 +25,6 @@ from labelmill.data.noise import NoiseConfig
 from labelmill.data.spec import AnySpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
-from labelmill.errors import JobError
 from labelmill.evaluation.groups import wilson_interval
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.classification import GCE, LDR, MAE, SCE, RowLoss, SmoothedSoftmax, Softmax, dense_loss
@@ -39,7 +38,7 @@ from labelmill.training.objective import Losses, Objective
 from labelmill.training.sample_state import SampleState
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.noisy.audited import add_noise, audited, clean_labels, labels_by_key, predicted_classes
+from workloads.noisy.audited import add_noise, audited, clean_labels, labels_by_key, predicted_classes, require_single
 
 AnyLoss = Softmax | SmoothedSoftmax | MAE | GCE | SCE | LDR | NormalizedLDR | ALDR | ELR
 Arms = dict[str, Annotated[AnyLoss, Field(discriminator="kind")]]
@@ -132,8 +131,7 @@ def fit_robust(
     augment: bool,
 ) -> dict[str, Any]:
     """Stage: one arm; also predicts the training set, to see what was memorised."""
-    if data.label.form != "single" or data.label.num_classes is None:
-        raise JobError(f"noisy.ldr takes a single label a sample; {data.name!r} has labels of form {data.label.form}.")
+    assert data.label.num_classes is not None
     objective: Any = partial(RobustClassifier, encoder, loss, data)
     if head:
         config_of_head = head.model_copy(update={"loss": loss})
@@ -144,6 +142,7 @@ def fit_robust(
 @workload("noisy.ldr", LdrJob)
 def ldr(job: LdrJob, run: Run) -> None:
     train, test = job.data.open()
+    require_single(train, job.workload)
     data, noisy_test = train, None
     image = image_options(job.encoder)
     if job.noise:

@@ -37,7 +37,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.passes import load_embeddings
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.noisy.audited import add_noise, clean_labels, labels_by_key, predicted_classes
+from workloads.noisy.audited import add_noise, clean_labels, labels_by_key, predicted_classes, require_single
 from workloads.noisy.rcal_objectives import Calibrated, Calibration, Contrast, ContrastSection
 
 _MOST_GB = 4.0  # of full covariances
@@ -75,6 +75,11 @@ class RcalJob(TrainJob):
     def _check(self) -> RcalJob:
         if self.data.select or self.data.mix:
             raise ValueError("noisy.rcal trains on one whole set: leave data.select and data.mix out")
+        if (other := self.contrast.encoder) is not None:
+            ours, theirs = (e.model_dump(exclude={"augment", "typos"}) for e in (self.encoder, other))
+            if ours != theirs:
+                wrong = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+                raise ValueError(f"contrast.encoder may differ from encoder in its augmentation only, not in {wrong}")
         if (self.contrast_train or self.train).zero_stage == 3:
             raise ValueError("noisy.rcal moves a key encoder after whole weights: use zero_stage 0, 1 or 2")
         return self
@@ -198,10 +203,7 @@ def fit_calibrated(
 @workload("noisy.rcal", RcalJob)
 def rcal(job: RcalJob, run: Run) -> None:
     train, test = job.data.open()
-    if train.label.form != "single":
-        raise JobError(
-            f"noisy.rcal takes a single label a sample; {train.name!r} has labels of form {train.label.form}."
-        )
+    require_single(train, job.workload)
     options, data, noisy_test = input_options(job.encoder, job.seed), train, None
     if job.long_tail:
         data = run.stage("long-tail", cut_tail, train=train, tail=job.long_tail, seed=job.seed).manifest("train")

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from labelmill.data import store
 from labelmill.data.manifest import Manifest, load_manifest
+from labelmill.data.noise import NoiseConfig, write_noisy_version
 from labelmill.data.tables import read_table
 from labelmill.errors import DataError, JobError
 from labelmill.evaluation.groups import wilson_interval
@@ -42,7 +43,7 @@ from labelmill.tracking import figures
 from labelmill.tracking.model import load_model, read_spec
 from labelmill.workload import workload
 from workloads.noisy.audit_report import report_ranking
-from workloads.noisy.audited import clean_labels, labels_by_key
+from workloads.noisy.audited import clean_labels, labels_by_key, require_single
 
 SIMULATED = 6  # prevalences
 SEEDS = 20
@@ -64,6 +65,9 @@ class RerankingJob(Job):
         None, min_length=1, description="table with the columns key, suggested: what `guessed` meant (issues.parquet)"
     )
     majority: int = Field(3, ge=1, description="equal answers that decide")
+    noise: NoiseConfig | None = Field(
+        None, description="noise added on purpose: the clean labels are the corrected ones"
+    )
     field: str | None = Field(None, description="field of the test set that the models read; empty: the one that fits")
     max_bad_samples: int = Field(0, ge=0, description="samples that may be unusable; they are left out")
 
@@ -73,9 +77,21 @@ class RerankingJob(Job):
             raise ValueError("corrected labels come from `corrected` or from `votes`, not from both")
         if bool(self.votes) != bool(self.guesses):
             raise ValueError("votes and guesses go together: what people voted on, and what the guessed label was")
+        if self.noise and (self.corrected or self.votes):
+            raise ValueError("noise: labels changed on purpose have their corrections; leave corrected and votes out")
+        if self.noise and self.noise.kind == "instance":
+            raise ValueError(
+                "noise.kind instance takes images decoded for an encoder: name a noisy version as test instead"
+            )
         if len(set(self.models)) < len(self.models):
             raise ValueError("models: a model is listed twice")
         return self
+
+
+def noisy_test(run: Run, folder: Path, test: Manifest, noise: NoiseConfig) -> dict[str, Any]:
+    """Stage: a noisy version of the test set, in `test` below the folder; the clean labels lie beside it."""
+    made = write_noisy_version(test, folder / "test", noise, overwrite=True)
+    return {"changed": int(made.created_by["changed"])}
 
 
 def predict_model(
@@ -155,8 +171,9 @@ def predictions_of(folder: Path, parts: list[str]) -> dict[str, int]:
 @workload("noisy.reranking", RerankingJob)
 def reranking(job: RerankingJob, run: Run) -> None:
     test = load_manifest(job.test)
-    if test.label.form != "single":
-        raise JobError(f"noisy.reranking takes a single label a sample; {test.name!r} has form {test.label.form}.")
+    require_single(test, job.workload)
+    if job.noise:
+        test = run.stage("noise", noisy_test, test=test, noise=job.noise).manifest("test")
     corrected, verdicts = corrected_labels(job, test)
     given = labels_by_key(test)
     run.track_data(test=test)

@@ -6,6 +6,7 @@ least that is possible for an all-reduce. `b` is the tensor of one rank, g the n
     all_gather   (g - 1) b          of the rank's own part b
     all_reduce   2 (g - 1) / g b
     broadcast    b                  by the first rank; the others send at most as much
+    all_to_all   (g - 1) / g b      of what the rank has for all of them, where shares are equal
 
 Shape legend: B samples of a rank, N = B x shards samples of a replica, P positives of a sample, U touched rows
 of a shard, D embedding size.
@@ -25,7 +26,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["all_gather", "all_reduce", "broadcast"]
+Kind = Literal["all_gather", "all_reduce", "broadcast", "all_to_all"]
 Axis = Literal["world", "shards", "replicas"]
 NUMBERS = 7  # batch size, positives of a sample, soft labels or not; classes, dimensions, seed and step must be equal
 NUMBER_BYTES = 8
@@ -38,9 +39,9 @@ def sent_bytes(kind: Kind, payload: float, world: int) -> float:
     """Bytes that one of `world` ranks sends in a collective over `payload` bytes of its own."""
     if world == 1:
         return 0.0
-    return {"all_gather": (world - 1) * payload, "all_reduce": 2 * (world - 1) / world * payload, "broadcast": payload}[
-        kind
-    ]
+    share = (world - 1) / world
+    factors = {"all_gather": world - 1, "all_reduce": 2 * share, "broadcast": 1.0, "all_to_all": share}
+    return factors[kind] * payload
 
 
 _waited_s = 0.0

@@ -178,8 +178,8 @@ def test_bad_input(tmp_path: Path) -> None:
         check(job(tmp_path / "c", loss={"kind": "soft_topk", "k": 20}))
     with pytest.raises(JobError, match="k up to 50, but there are 20 labels"):
         check(job(tmp_path / "d", ranking={}))
-    with pytest.raises(ValidationError, match="use train.zero_stage 0 to 2"):
-        train = {"global_batch": 40, "steps": 1, "zero_stage": 3}
+    train = {"global_batch": 40, "steps": 1, "zero_stage": 3}
+    with pytest.raises(ValidationError, match=r"use train\.zero_stage 0 to 2"):
         job(tmp_path / "e", train=train, cluster={"workers": 2})
     (tmp_path / "f.csv").write_text("k,1\nk\n")
     with pytest.raises(DataError, match=r"line 2: write `key,label id`"):

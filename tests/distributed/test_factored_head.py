@@ -20,29 +20,31 @@ from labelmill.losses.spherical import (
 )
 from labelmill.training.local import spawn
 
-O = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.5]], dtype=torch.float64)
+LOGITS = torch.tensor([[2.0, 0.0, -1.0, 1.0, 0.5]], dtype=torch.float64)
 FIRST = torch.tensor([[0]])
 
 
 @pytest.mark.parametrize(("a", "b", "value"), [(1, 0, 0.2014132780), (0.1, 2, 7.1845964801), (1, 2, 0.9740769842)])
 def test_z_loss_values(a: float, b: float, value: float) -> None:
-    assert float(dense_spherical(ZLoss(a=a, b=b), O, FIRST)) == pytest.approx(value, abs=1e-9)
+    assert float(dense_spherical(ZLoss(a=a, b=b), LOGITS, FIRST)) == pytest.approx(value, abs=1e-9)
 
 
 def test_z_loss_gradient_and_invariances() -> None:
-    o = O.clone().requires_grad_()
+    o = LOGITS.clone().requires_grad_()
     loss = dense_spherical(ZLoss(), o, FIRST)
     loss.backward()
     expected = [-0.0638489333, 0.0091212762, -0.0456063810, 0.0638489333, 0.0364851048]
     assert o.grad[0].tolist() == pytest.approx(expected, abs=1e-9)
     assert float(o.grad.sum()) == pytest.approx(0, abs=1e-12)
-    assert float((o.grad * O).sum()) == pytest.approx(0, abs=1e-12)
-    assert float(dense_spherical(ZLoss(), 3 * O + 7, FIRST)) == pytest.approx(float(loss.detach()), abs=1e-12)
-    assert float(dense_spherical(ZLoss(), -O, FIRST)) != pytest.approx(float(loss.detach()), abs=1e-3)
-    hinge = dense_spherical(ZLoss(a=1e4, b=2), O, FIRST)
+    assert float((o.grad * LOGITS).sum()) == pytest.approx(0, abs=1e-12)
+    assert float(dense_spherical(ZLoss(), 3 * LOGITS + 7, FIRST)) == pytest.approx(float(loss.detach()), abs=1e-12)
+    assert float(dense_spherical(ZLoss(), -LOGITS, FIRST)) != pytest.approx(float(loss.detach()), abs=1e-3)
+    hinge = dense_spherical(ZLoss(a=1e4, b=2), LOGITS, FIRST)
     assert float(hinge) == pytest.approx(0.5, abs=1e-3), "a -> infinity: relu(b - z), z is 1.5 here"
     one_hot = torch.eye(5, dtype=torch.float64)[:1]
-    assert float(dense_spherical(ZLoss(a=1e4, b=3), one_hot, FIRST)) == pytest.approx(1.0, abs=1e-3), "z is 2 at the most"
+    assert float(dense_spherical(ZLoss(a=1e4, b=3), one_hot, FIRST)) == pytest.approx(1.0, abs=1e-3), (
+        "z is 2 at the most"
+    )
     flat = torch.ones(1, 5, dtype=torch.float64, requires_grad=True)
     dense_spherical(ZLoss(), flat, FIRST).backward()
     assert float(flat.grad.abs().max()) == 0.0, "all logits equal: no direction"
@@ -81,9 +83,7 @@ def dense_run(W: Tensor, index: int, steps: int, targets: int, decay: float) -> 
     return W, seen
 
 
-def factored_run(
-    rank: int, world: int, index: int, steps: int, targets: int, decay: float, every: int
-) -> list[Tensor]:
+def factored_run(rank: int, world: int, index: int, steps: int, targets: int, decay: float, every: int) -> list[Tensor]:
     config = FactoredConfig(loss=LOSSES[index], init_std=0.1, weight_decay=decay, stabilise_every=every)
     head = FactoredHead(CLASSES, DIM, config, seed=3, dtype=torch.float64)
     head.grad_scale = 1.0
@@ -148,6 +148,24 @@ def test_sharded_is_one_rank(world: int) -> None:
             torch.testing.assert_close(rank[8][:, 0], alone[8][:, 0], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(torch.cat([r[4] for r in ranks]), alone[4], rtol=1e-9, atol=1e-10)
         assert torch.equal(torch.cat([r[5] for r in ranks]), alone[5])
+
+
+def test_stabilising_and_unfactoring_change_no_row() -> None:
+    for values, whole in (([3.0, 0.2, 1.0, 1.1, 0.9, 1.0, 1.0, 1.0], False), ([3.0, 0.2, 4.0, 0.1, 1, 1, 1, 1], True)):
+        head = FactoredHead(60, 8, FactoredConfig(init_std=1.0), dtype=torch.float64)
+        noise = torch.Generator().manual_seed(0)
+        turns = [torch.linalg.qr(torch.randn(8, 8, generator=noise, dtype=torch.float64))[0] for _ in range(2)]
+        head.U_dd = turns[0] @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turns[1]
+        head.omega_d = torch.randn(8, generator=noise, dtype=torch.float64)
+        want = head.w_CD @ head.U_dd + head.omega_d
+        head._stabilise()
+        after = torch.linalg.svdvals(head.U_dd)
+        assert bool(((after > 0.5) & (after < 2.0)).all())
+        assert torch.equal(head.U_dd, torch.eye(8, dtype=torch.float64)) == whole, "many at once un-factor"
+        torch.testing.assert_close(head.w_CD @ head.U_dd + head.omega_d, want, rtol=1e-10, atol=1e-10)
+        q, s = head.sums_of(torch.eye(8, dtype=torch.float64))
+        torch.testing.assert_close(q, want.square().sum(0))
+        torch.testing.assert_close(s, want.sum(0))
 
 
 def test_magnitudes_rank_on_both_sides() -> None:

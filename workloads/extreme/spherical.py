@@ -103,7 +103,9 @@ class SphericalJob(TrainJob):
     factored: FactoredConfig = FactoredConfig()
     compare: HeadConfig | None = Field(None, description="an ordinary head, such as softmax over all classes, besides")
     compare_learning_rate: float | None = Field(None, gt=0, description="of the comparison; empty: the same")
-    bias: float = Field(0.0, ge=0, description="constant appended to embeddings, so that one column of the rows is a bias")
+    bias: float = Field(
+        0.0, ge=0, description="constant appended to embeddings, so that one column of the rows is a bias"
+    )
     ranking: RankingSection = RankingSection(ks=(1, 5), recall_ks=(10, 50))
     eval_batch: int = Field(1024, ge=1)
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from labelmill.encoders.hashing import mix64
@@ -25,7 +24,7 @@ from labelmill.job import StrictModel
 
 MISSING = "\0missing"
 """The value of a feature that is null: a token of its own, different from the empty string."""
-HASH = "blake2b-64 of the salt, FNV-1a of the value's UTF-8, splitmix64"
+HASH = "blake2b-64 of salt and value, splitmix64"
 
 
 class Feature(StrictModel):
@@ -70,12 +69,12 @@ def salt_of(name: str, chunk: int) -> int:
 def value_hashes(values: Sequence[Any], feature: Feature) -> np.ndarray:
     """uint64 hash of each value, the same for every feature. Raises DataError for a number that isn't categorical."""
     texts = [_normal(value, feature) for value in values]
-    column = pc.dictionary_encode(pa.array(texts, pa.string()))
-    distinct = np.array([_fnv(text.encode()) for text in column.dictionary.to_pylist()], np.uint64)
+    column = pa.array(texts, pa.string()).dictionary_encode()
+    distinct = np.array([_hash(text.encode()) for text in column.dictionary.to_pylist()], np.uint64)
     return mix64(distinct)[column.indices.to_numpy()] if len(distinct) else np.empty(0, np.uint64)
 
 
-def _fnv(data: bytes) -> int:
+def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -101,7 +100,7 @@ def read_rows(rows: Sequence[str | bytes | None], features: FeatureSet) -> dict[
     """JSON objects, one a sample, as columns. Raises DataError naming a feature that a sample lacks."""
     columns: dict[str, list[Any]] = {feature.name: [] for feature in features.features}
     for row in rows:
-        found = json.loads(row) if row else {name: None for name in columns}
+        found = json.loads(row) if row else dict.fromkeys(columns)
         for name, column in columns.items():
             if name not in found:
                 raise DataError(f"feature {name!r} is missing from a sample that has {sorted(found)}.")
@@ -156,9 +155,7 @@ class RowMap:
             at = np.searchsorted(known, hashes)
             found = (at < len(known)) & (known[np.minimum(at, max(0, len(known) - 1))] == hashes)
             return first + chunk * size + np.where(found, at + 1, 0)
-        salt = 0 if self.sharing == "hashing_trick" and chunk == 0 else salt_of(name, chunk)
-        if self.sharing == "hashing_trick":
-            salt = chunk
+        salt = chunk if self.sharing == "hashing_trick" else salt_of(name, chunk)
         mixed = mix64(hashes ^ mix64(np.array([salt], np.uint64)))
         if self.sharing == "separate":
             first, size = self.ranges[name]
@@ -170,10 +167,8 @@ class RowMap:
         out = {}
         for feature in self.features.features:
             column = columns[feature.name]
-            if feature.many:
-                lists = [[None] if v is None else list(v)[: feature.most] for v in column]
-            else:
-                lists = [[v] for v in column]
+            lists = column if feature.many else [[value] for value in column]
+            lists = [[None] if part is None else list(part)[: feature.most] for part in lists]
             lengths = np.array([len(part) for part in lists])
             hashes = value_hashes([v for part in lists for v in part], feature)
             width = max(1, int(lengths.max(initial=0)))
@@ -201,6 +196,8 @@ def split_budget(features: FeatureSet, rows: int, vocabulary: dict[str, int]) ->
 
 def check_same_rows(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises DataError, with the differences, unless saved rows mean what is wanted."""
-    different = [f"{key}: saved {saved.get(key)!r}, wanted {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]]
+    different = [
+        f"{key}: saved {saved.get(key)!r}, wanted {wanted[key]!r}" for key in wanted if saved.get(key) != wanted[key]
+    ]
     if different:
         raise DataError("the saved embedding table belongs to other features: " + "; ".join(different))

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from pydantic import Field
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from labelmill.errors import DataError
@@ -302,9 +302,7 @@ class FactoredHead(ShardedHead):
         self.ranks.sum_(packed)
         U, omega, sum_d = self.U_dd, self.omega_d, packed[-1] @ self.U_dd
         cross_dd = torch.outer(sum_d, omega)
-        self.Q_dd = (
-            U.t() @ packed[:-1] @ U + cross_dd + cross_dd.t() + self.num_classes * torch.outer(omega, omega)
-        )
+        self.Q_dd = U.t() @ packed[:-1] @ U + cross_dd + cross_dd.t() + self.num_classes * torch.outer(omega, omega)
         self.wbar_d = sum_d + self.num_classes * omega
         self._stale = False
 
@@ -391,4 +389,3 @@ def check_distinct(batch: GlobalBatch) -> None:
     if bool(twice_N.any()):
         index = int(twice_N.nonzero()[0])
         raise SampleError("{sample} names a class twice.", index, locate(index, batch.counts))
-

@@ -1,8 +1,8 @@
 """An embedding table split over the ranks by row: lookups travel, rows stay.
 
 Rows are dealt to ranks in blocks, as class rows are, so that saving, loading and resharding are theirs; hashed rows are even
-over any cut. A step dedupes its rows, asks their owners in one exchange, and sends gradients back the same way; only touched rows move,
-by a row optimizer.
+over any cut. A step dedupes its rows, asks their owners in one exchange, and sends gradients back the same way; only touched
+rows move, by a row optimizer.
 
 Shape legend: R rows of this rank, K looked-up rows of this rank's batch (may repeat), U distinct ones, A rows asked of this
 rank by all, d width.

@@ -92,9 +92,7 @@ class TaylorSoftmax(SphericalLoss):
         return over_targets(all_m[:, None] - (1 + A_mK + A_mK**2 / 2).log(), mask_mK)
 
 
-SphericalLossConfig = Annotated[
-    ZLoss | SquaredError | SphericalSoftmax | TaylorSoftmax, Field(discriminator="kind")
-]
+SphericalLossConfig = Annotated[ZLoss | SquaredError | SphericalSoftmax | TaylorSoftmax, Field(discriminator="kind")]
 
 
 def dense_spherical(loss: SphericalLoss, logits_mD: Tensor, ids_mK: Tensor) -> Tensor:
@@ -111,7 +109,5 @@ def spherical_gradients(
     A, q, s = (t.detach().requires_grad_() for t in (A_mK, q_m, s_m))
     with torch.enable_grad():
         loss_m = loss(A, q, s, mask_mK, num_classes)
-        grads = torch.autograd.grad(
-            (loss_m * weight_m).sum(), [A, q, s], allow_unused=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad((loss_m * weight_m).sum(), [A, q, s], allow_unused=True, materialize_grads=True)
     return loss_m.detach(), grads[0].masked_fill(~mask_mK, 0.0), grads[1], grads[2]

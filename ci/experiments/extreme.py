@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 from rich.console import Console
 
 from labelmill.host import Host
@@ -30,6 +29,7 @@ from labelmill.job import read_job_file
 from labelmill.run import execute
 from labelmill.training.inprocess import fit_here
 
+ROOT = Path(__file__).resolve().parents[2]
 JOBS = ROOT / "workloads/extreme/jobs"
 TUNING_SEED = 100
 Arm = dict[str, Any]
@@ -96,10 +96,10 @@ def losses(options: argparse.Namespace) -> None:
     arms: dict[str, Arm] = {
         "softmax": {"loss": {"kind": "softmax"}},
         "decoupled": {"loss": {"kind": "decoupled"}},
-        "decoupled, one drawn": {"loss": {"kind": "decoupled", "positives": "one"}},
         "BCE": {"loss": {"kind": "bce", "bias": -5}},
-        "soft top-5": {"loss": {"kind": "soft_topk", "k": 5}},
         "soft top-k, k = positives": {"loss": {"kind": "soft_topk", "k": "num_pos"}},
+        "soft top-5": {"loss": {"kind": "soft_topk", "k": 5}},
+        "decoupled, one drawn": {"loss": {"kind": "decoupled", "positives": "one"}},
     }
     compare("tags.yaml", arms, RATES, SHOWN, options, common={"index": None})
 
@@ -162,9 +162,8 @@ def spherical(options: argparse.Namespace) -> None:
         cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} - {max(values):.2f})")
     names = ("z", "softmax over all classes")
     z_s, softmax_s = (statistics.mean(record[f"seconds/{name}"] for record in seeds) for name in names)
-    print(
-        f"| softmax | rate {best} | {' | '.join(cells)} | |\n\nSeconds of training side by side: Z {z_s:.0f}, softmax {softmax_s:.0f}."
-    )
+    print(f"| softmax | rate {best} | {' | '.join(cells)} | |")
+    print(f"\nSeconds of training side by side: Z {z_s:.0f}, softmax {softmax_s:.0f}.")
 
 
 def tables(options: argparse.Namespace) -> None:

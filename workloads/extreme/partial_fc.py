@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from labelmill.data.config import DataConfig
 from labelmill.data.spec import AnySpec
@@ -28,7 +28,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.initial import keep_class_names
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
-from workloads.extreme.ranking import RankingSection, report_extreme
+from workloads.extreme.ranking import RankingSection, refuse_test_search, report_extreme
 from workloads.extreme.rows import RowRanker, SampledSum, Together
 
 AnyObjective = Annotated[Together | SampledSum, Field(discriminator="kind")]
@@ -47,6 +47,11 @@ class RowsJob(TrainJob):
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
+
+    @model_validator(mode="after")
+    def _search_leaves_the_test_set_alone(self) -> RowsJob:
+        refuse_test_search(self.search, self.data.dev)
+        return self
 
 
 class PartialFCJob(RowsJob):

@@ -33,7 +33,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Losses, Objective
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
-from workloads.extreme.ranking import RankingSection, report_extreme
+from workloads.extreme.ranking import RankingSection, refuse_test_search, report_extreme
 
 
 class RowClassifier(Objective):
@@ -114,6 +114,7 @@ class SphericalJob(TrainJob):
 
     @model_validator(mode="after")
     def _exact(self) -> SphericalJob:
+        refuse_test_search(self.search, self.data.dev)
         if self.train.precision != "fp32":
             raise ValueError("the factored head is exact in fp32: set train.precision to fp32")
         if self.register_as and not self.factored.loss.scores_are_logits:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.numpy import save_file
 
 from labelmill.data.categorical import Feature, FeatureSet
@@ -27,6 +27,7 @@ from labelmill.run import Run
 from labelmill.stages import Fitted, Stage, write_json
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
+from workloads.extreme.ranking import refuse_test_search
 from workloads.extreme.unified import NetworkSection, Sharing, TableClassifier, TableSection, count_values, row_map
 
 
@@ -44,6 +45,11 @@ class UnifiedJob(TrainJob):
 
     def class_count(self) -> int | None:
         return self.data.open()[0].label.num_classes
+
+    @model_validator(mode="after")
+    def _search_leaves_the_test_set_alone(self) -> UnifiedJob:
+        refuse_test_search(self.search, self.data.dev)
+        return self
 
 
 def count(run: Run, folder: Path, train: Manifest, field: str, features: FeatureSet) -> dict[str, Any]:

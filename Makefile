@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help env demo test slow lint types fashion-mnist walkthrough experiments clean
+.PHONY: help env demo test slow lint types fashion-mnist extreme-data walkthrough experiments clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,9 @@ types: env  ## mypy
 
 fashion-mnist: env  ## Fashion-MNIST from Debian's package (no root) into data/fashion-mnist
 	@ci/fashion_mnist.sh
+
+extreme-data: env  ## Debian's tags and sections and WordNet's glosses (no root) into data/
+	@ci/extreme_data.sh
 
 slow: env  ## the tests that `make test` leaves out: faults on clusters of several hosts, small trainings
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

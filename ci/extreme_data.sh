@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Real sets for extreme classification from Debian's index files and its package `wordnet-base`: data/debian-tags,
-# data/debian-sections, data/wordnet-lemmas, each {train,dev,test}. No root needed.
+# data/debian-sections, data/wordnet-lemmas, data/wordnet-words, each {train,dev,test}. No root needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\033[1m[extreme-data]\033[0m %s\n' "$*"; }
 
 done=1
-for set in debian-tags debian-sections wordnet-lemmas; do [ -e "data/$set/test/manifest.json" ] || done=0; done
+for set in debian-tags debian-sections wordnet-lemmas wordnet-words; do [ -e "data/$set/test/manifest.json" ] || done=0; done
 if [ "$done" = 1 ]; then
-  say "reusing data/debian-tags, data/debian-sections, data/wordnet-lemmas"
+  say "reusing data/debian-tags, data/debian-sections, data/wordnet-lemmas, data/wordnet-words"
   exit 0
 fi
 command -v apt-get >/dev/null || {
@@ -32,3 +32,4 @@ make=(.venv/bin/python -m workloads.extreme.packages)
 [ -e data/debian-tags/test/manifest.json ] || "${make[@]}" tags "$work/lists" data/debian-tags
 [ -e data/debian-sections/test/manifest.json ] || "${make[@]}" sections "$work/lists" data/debian-sections
 [ -e data/wordnet-lemmas/test/manifest.json ] || "${make[@]}" wordnet "$work/tree/usr/share/wordnet" data/wordnet-lemmas
+[ -e data/wordnet-words/test/manifest.json ] || "${make[@]}" words "$work/tree/usr/share/wordnet" data/wordnet-words

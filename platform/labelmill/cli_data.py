@@ -109,6 +109,28 @@ def idx(
 
 
 @import_app.command()
+def extreme(
+    texts: Annotated[str, typer.Argument(help="a line a sample, plain or .gz")],
+    labels: Annotated[str, typer.Option(help="sparse file: trn_X_Y.txt, or train.txt with features")],
+    label_texts: Annotated[str, typer.Option(help="a line a label, plain or .gz")],
+    out: Out,
+    name: Name = None,
+    soft: Annotated[bool, typer.Option("--soft", help="keep the values as weights of the labels")] = False,
+    shard_mb: ShardMb = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """A part of a data set of the extreme classification repository."""
+    from labelmill.data.extreme import import_extreme
+
+    options = _options(name, None, None, shard_mb, overwrite)
+    manifest, dropped, missing = import_extreme(texts, labels, label_texts, out, soft=soft, **options)
+    _show({"all": manifest})
+    for count, what in ((dropped, "samples without a label were left out"), (missing, "labels have no text")):
+        if count:
+            console.print(f"{count:,} {what}", highlight=False)
+
+
+@import_app.command()
 def table(
     path: Annotated[str, typer.Argument(help=".csv, .tsv (also .gz) or .parquet")],
     out: Out,

@@ -178,9 +178,11 @@ def test_bad_input(tmp_path: Path) -> None:
         check(job(tmp_path / "c", loss={"kind": "soft_topk", "k": 20}))
     with pytest.raises(JobError, match="k up to 50, but there are 20 labels"):
         check(job(tmp_path / "d", ranking={}))
-    with pytest.raises(ValidationError, match="use train.zero_stage 0 to 2"):
-        train = {"global_batch": 40, "steps": 1, "zero_stage": 3}
+    train = {"global_batch": 40, "steps": 1, "zero_stage": 3}
+    with pytest.raises(ValidationError, match=r"use train\.zero_stage 0 to 2"):
         job(tmp_path / "e", train=train, cluster={"workers": 2})
+    with pytest.raises(ValidationError, match="is measured on the test set"):
+        job(tmp_path / "g", search={"metric": "test/P@1", "space": {"temperature": [0.05, 0.1]}, "trials": 2})
     (tmp_path / "f.csv").write_text("k,1\nk\n")
     with pytest.raises(DataError, match=r"line 2: write `key,label id`"):
         read_filter(str(tmp_path / "f.csv"), 5)

@@ -155,7 +155,7 @@ def cached_ranks(rank: int, world: int) -> list[Tensor]:
 
 def test_encoders_of_two_ranks_learn_as_one() -> None:
     torch.manual_seed(0)
-    tower, loss = Tower().eval(), SoftTopKSection(k=4)
+    tower = Tower().eval()
     everything = torch.arange(LABELS * 5).view(LABELS, 5) % 50
     scores = F.normalize(tower(everything[:4])) @ F.normalize(tower(everything)).T * 20
     expected = soft_topk_loss(scores, torch.arange(4)[:, None], torch.full((4,), 4.0), 2.0).mean()

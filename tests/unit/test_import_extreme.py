@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from labelmill.cli import app
 from labelmill.data.extreme import PLACEHOLDER, import_extreme, read_sparse_labels
 from labelmill.data.shards import read_shard
 from labelmill.errors import DataError
@@ -65,6 +67,16 @@ def test_a_data_set_of_texts_and_labels(tmp_path: Path) -> None:
         import_extreme(texts, labels, write(tmp_path / "Y2.txt", "a", "b"), tmp_path / "no")
     with pytest.raises(DataError, match="has 1 lines"):
         import_extreme(write(tmp_path / "X2.txt", "a"), labels, names, tmp_path / "no")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    texts, names = write(tmp_path / "x.txt", "first", "second"), write(tmp_path / "y.txt", "zero", "one")
+    labels = write(tmp_path / "x_y.txt", "2 2", "0:1", "")
+    options = ["--labels", str(labels), "--label-texts", str(names), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["data", "import", "extreme", str(texts), *options])
+    assert result.exit_code == 0, result.output
+    assert "1 samples, 1 shard(s)" in result.output
+    assert "1 samples without a label were left out" in result.output
 
 
 PACKAGES = """Package: aa

@@ -31,7 +31,14 @@ from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
-from workloads.extreme.ranking import RankingSection, measure_index, read_filter, report_extreme, report_index
+from workloads.extreme.ranking import (
+    RankingSection,
+    measure_index,
+    read_filter,
+    refuse_test_search,
+    report_extreme,
+    report_index,
+)
 from workloads.extreme.towers import DualEncoder, FullNegatives, Negatives
 
 
@@ -68,8 +75,7 @@ class DualEncoderJob(TrainJob):
             )
         if isinstance(self.loss, SoftTopKSection) and self.loss.k != "num_pos" and self.loss.k < 1:
             raise ValueError(f"loss.k {self.loss.k}: 0 < k < number of labels")
-        if self.search and self.search.metric.startswith(("eval/", "test/")) and not self.data.dev:
-            raise ValueError(f"search.metric {self.search.metric} would be measured on the test set: name data.dev")
+        refuse_test_search(self.search, self.data.dev)
         return self
 
 

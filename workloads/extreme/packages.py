@@ -2,6 +2,7 @@
 
     python -m workloads.extreme.packages tags <folder of *_Packages and *_Translation-en> data/debian-tags
     python -m workloads.extreme.packages sections <the same folder> data/debian-sections
+    python -m workloads.extreme.packages words <folder of data.noun, ...> data/wordnet-words
     python -m workloads.extreme.packages wordnet <folder of data.noun, ...> data/wordnet-lemmas
 
 `ci/extreme_data.sh` fetches both without root. Every sample's part (train, dev, test) is a hash of its group, so that near
@@ -155,6 +156,27 @@ def _write(
     return made
 
 
+def write_words(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], fewest: int = 2, a_gloss: int = 3
+) -> dict[str, Manifest]:
+    """Four words of a gloss in a row, and the word that follows as the one label, of words that occur `fewest` times.
+
+    At most `a_gloss` places of a gloss, drawn by a hash.
+    """
+    glosses = [(key, re.findall(r"[a-z']+", gloss.lower())) for key, _, gloss in synsets(folder)]
+    uses = Counter(word for _, words in glosses for word in words)
+    names = sorted(word for word, count in uses.items() if count >= fewest)
+    ids = {word: number for number, word in enumerate(names)}
+    parts: dict[str, list[tuple[str, str, list[int]]]] = {}
+    for key, words in glosses:
+        places = [i for i in range(4, len(words)) if words[i] in ids]
+        places.sort(key=lambda i: hashlib.sha256(f"{key} {i}".encode()).digest())
+        part = part_of(key, (("test", 0.05), ("dev", 0.02)))
+        for i in places[:a_gloss]:
+            parts.setdefault(part, []).append((f"{key}-{i}", " ".join(words[i - 4 : i]), [ids[words[i]]]))
+    return _write(out, parts, pa.table({"name": names}), "wordnet-words")
+
+
 # --- a table of categorical columns -------------------------------------------------------------------------
 
 COLUMNS = ("maintainer", "architecture", "priority", "depends", "name_tokens")
@@ -207,7 +229,7 @@ def write_sections(
 
 def main(arguments: list[str]) -> None:
     """The command line."""
-    writers = {"tags": write_tags, "sections": write_sections, "wordnet": write_wordnet}
+    writers = {"tags": write_tags, "sections": write_sections, "wordnet": write_wordnet, "words": write_words}
     if len(arguments) != 3 or arguments[0] not in writers:
         raise SystemExit(f"usage: python -m workloads.extreme.packages {{{','.join(writers)}}} FOLDER OUT")
     for part, manifest in writers[arguments[0]](arguments[1], arguments[2]).items():

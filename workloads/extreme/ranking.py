@@ -30,6 +30,7 @@ from labelmill.evaluation.extreme import (
 from labelmill.heads.index import IndexConfig, build_index, load_index, measure_recall
 from labelmill.job import StrictModel
 from labelmill.run import Run
+from labelmill.search_config import SearchConfig
 from labelmill.stages import Fitted, Stage
 
 ROWS = 2048
@@ -48,6 +49,18 @@ class RankingSection(StrictModel):
     def most(self) -> int:
         """Labels that must be ranked."""
         return max(*self.ks, *self.recall_ks)
+
+
+def refuse_test_search(search: SearchConfig | None, dev: str | None) -> None:
+    """Raises ValueError for a search whose trials would be compared on the test set."""
+    if search and search.metric.startswith("test/"):
+        raise ValueError(
+            f"search.metric {search.metric} is measured on the test set: search by eval/..., with data.dev"
+        )
+    if search and search.metric.startswith("eval/") and not dev:
+        raise ValueError(
+            f"search.metric {search.metric} would be measured on the test set: name a held-out set in data.dev"
+        )
 
 
 def read_filter(path: str | None, num_labels: int) -> dict[str, set[int]]:

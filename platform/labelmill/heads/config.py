@@ -48,6 +48,9 @@ class HeadConfig(StrictModel):
         False,
         description="weigh drawn negatives by 1 / probability, so that sums over all classes are right on average",
     )
+    class_filter: float | None = Field(
+        None, gt=0, lt=1, description="negatives with a larger cosine count as cosine 0, without gradient (same class?)"
+    )
     optimizer: RowOptimizerConfig = SGD()
     lr_multiplier: float = Field(1.0, gt=0, description="class rows learn this much faster than the encoder")
     init_std: float = Field(0.01, gt=0, description="standard deviation of the first class rows")
@@ -77,6 +80,11 @@ class HeadConfig(StrictModel):
         if self.margin.kind != "none" and not self.normalize:
             raise ValueError(
                 f"margin {self.margin.kind!r} acts on cosines: set normalize to true, or margin.kind to none"
+            )
+        if self.class_filter is not None and (not self.normalize or self.loss.needs_sum):
+            raise ValueError(
+                f"class_filter acts on cosines and not on sums of logits: loss {self.loss.kind!r} with normalize "
+                f"{str(self.normalize).lower()} can't take it"
             )
         if self.sub_centres > 1 and self.loss.needs_sum:
             raise ValueError(

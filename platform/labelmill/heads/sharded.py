@@ -75,6 +75,7 @@ class ShardedHead:
         w_CD: their rows, raw (not unit length); `sub_centres` rows a class, one after the other.
         state: the optimizer's tensors by name, first axis as that of `w_CD`.
         steps: optimizer steps taken; selects the sampled classes.
+        draw: which sample of the classes a step takes: losses of one step with other numbers have other negatives.
         grad_scale: the gradient of the embeddings is multiplied by this. It is the number of ranks, because a
             data-parallel engine averages over ranks while the loss is already the global mean. The rows' own
             gradient is not affected.
@@ -101,6 +102,7 @@ class ShardedHead:
         self.start, self.stop = sampling.class_range(num_classes, config.block_rows, self.ranks.rank, self.ranks.world)
         self.rows = self._first_rows()
         self.steps = 0
+        self.draw = 0
         self.grad_scale = float(self.grid.world.world)
         self.loss_scale = 1.0
         self._scratch = Scratch()
@@ -392,7 +394,8 @@ class ShardedHead:
             # every replica touches the same rows, so that their gradients can be summed
             all_T = batch.whole.positive_T
             touched_T = all_T[(all_T >= self.start) & (all_T < self.stop)] - self.start
-        rows, weight_S = self._drawing.plan(self.grid, batch.x_ND, sample_K, class_K, touched_T, self.seed, self.steps)
+        seed = self.seed + (self.draw << 32)
+        rows, weight_S = self._drawing.plan(self.grid, batch.x_ND, sample_K, class_K, touched_T, seed, self.steps)
         row_K = class_K * self.config.sub_centres
         at_K, order_K = torch.sort(rows.locate(row_K))
         pairs = Pairs(sample_K[order_K], column_K[order_K], at_K, row_K[order_K])

@@ -185,10 +185,13 @@ class HeadPass:
             inverse_R = self.rows.inverse(piece.where)
             first, last = self.cuts[index], self.cuts[index + 1]
             self._logits(w_RD, inverse_R, z_RN, pairs, first, last, piece.lo, sims_K)
+            filtered_RN = self._filter_(z_RN)
             if self.top_N is not None:
                 self._follow_maximum(z_RN, total_N, pull_ND)
             weight_R = None if self.weight_S is None else self.weight_S[piece.lo : piece.hi, None]
             self._terms_(z_RN, weight_R, total_N, ones_R)
+            if filtered_RN is not None:
+                z_RN.masked_fill_(filtered_RN, 0.0)
             if self.mass_D is not None:
                 by_R = ones_R[: len(w_RD)] if inverse_R is None else inverse_R
                 self.mass_D.addmv_(w_RD.t(), by_R if weight_R is None else by_R * weight_R[:, 0])
@@ -231,6 +234,14 @@ class HeadPass:
         if sims_K is not None:
             sims_K[first:last] = z_RN[at, sample] / self.scale
         z_RN[at, sample] = -torch.inf  # a sample's own positives are no negatives of it
+
+    def _filter_(self, z_RN: Tensor) -> Tensor | None:
+        """Negatives that are nearer than the inter-class filter get logit 0; which ones, for they have no gradient."""
+        if self.config.class_filter is None:
+            return None
+        filtered_RN = z_RN > self.config.class_filter * self.scale
+        z_RN.masked_fill_(filtered_RN, 0.0)
+        return filtered_RN
 
     def _terms_(self, z_RN: Tensor, weight_R: Tensor | None, total_N: Tensor | None, ones_R: Tensor | None) -> None:
         """Logits -> what a negative's derivative is made of, in place; adds up the negatives' terms."""
@@ -389,9 +400,12 @@ class HeadPass:
         inverse_R = self.rows.inverse(piece.where)
         first, last = self.cuts[index], self.cuts[index + 1]
         self._logits(w_RD, inverse_R, z_RN, self.pairs, first, last, piece.lo, None)
+        filtered_RN = self._filter_(z_RN)
         if self.top_N is not None:
             subtract_top_(z_RN, self.top_N)
         self._terms_(z_RN, None if self.weight_S is None else self.weight_S[piece.lo : piece.hi, None], None, None)
+        if filtered_RN is not None:
+            z_RN.masked_fill_(filtered_RN, 0.0)
         if inverse_R is not None:
             z_RN.mul_(inverse_R[:, None])
         return z_RN, self.x_by_ND

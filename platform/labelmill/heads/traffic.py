@@ -6,6 +6,7 @@ least that is possible for an all-reduce. `b` is the tensor of one rank, g the n
     all_gather   (g - 1) b          of the rank's own part b
     all_reduce   2 (g - 1) / g b
     broadcast    b                  by the first rank; the others send at most as much
+    all_to_all   (g - 1) / g b      of what the rank has for all of them, where shares are equal
 
 Shape legend: B samples of a rank, N = B x shards samples of a replica, P positives of a sample, U touched rows
 of a shard, D embedding size.

@@ -29,6 +29,8 @@ from labelmill.losses.classification import (
     softplus,
 )
 
+NO_EXTRAS = Extras()
+
 
 def weighted_positives(mask_NP: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
     """Weights of the positives that are used (N, P), and how many those are (N,), at least 1."""
@@ -42,7 +44,7 @@ class WeightedDecoupled(Decoupled):
     soft: ClassVar[bool] = True
 
     def __call__(
-        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = NO_EXTRAS
     ) -> Tensor:
         weight_NP, count_N = weighted_positives(mask_NP, extras)
         z_NP = logits_pos_NP.masked_fill(~mask_NP, 0.0)
@@ -55,7 +57,7 @@ class WeightedSoftmax(MultiSoftmax):
     soft: ClassVar[bool] = True
 
     def __call__(
-        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = NO_EXTRAS
     ) -> Tensor:
         weight_NP, count_N = weighted_positives(mask_NP, extras)
         lse_N = torch.logaddexp(negatives_N, masked_logsumexp(logits_pos_NP, mask_NP))
@@ -69,7 +71,7 @@ class WeightedBCE(BCE):
     soft: ClassVar[bool] = True
 
     def __call__(
-        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = Extras()
+        self, negatives_N: Tensor, logits_pos_NP: Tensor, mask_NP: Tensor, extras: Extras = NO_EXTRAS
     ) -> Tensor:
         weight_NP, _ = weighted_positives(mask_NP, extras)
         z_NP = logits_pos_NP.masked_fill(~mask_NP, 0.0)
@@ -171,8 +173,11 @@ class Reduce:
     max_: Callable[[Tensor], Tensor] = lambda value: value
 
 
+ALONE = Reduce()
+
+
 def soft_topk_threshold(
-    s_NC: Tensor, k_N: Tensor, alpha: float, reduce: Reduce = Reduce(), steps: int | None = None
+    s_NC: Tensor, k_N: Tensor, alpha: float, reduce: Reduce = ALONE, steps: int | None = None
 ) -> Tensor:
     """t of each row (N,), with sum_l sigmoid(alpha (s_l + t)) = k, by bisection over all places' columns.
 
@@ -207,7 +212,7 @@ def soft_topk_threshold(
 
 
 def soft_topk_forward_backward(
-    s_NC: Tensor, pos_NC: Tensor, k_N: Tensor, alpha: float, row_weight_N: Tensor, reduce: Reduce = Reduce()
+    s_NC: Tensor, pos_NC: Tensor, k_N: Tensor, alpha: float, row_weight_N: Tensor, reduce: Reduce = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row (N,) and the gradient (N, C) of sum_n row_weight_n loss_n, by implicit differentiation.
 

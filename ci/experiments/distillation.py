@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Runs jobs of the distillation family with several seeds in this one process, and prints means as a Markdown table.
+
+    python ci/experiments/distillation.py workloads/distillation/jobs/kd-fashion.yaml --seeds 0 1 2 --set train.epochs=20
+
+Training runs without Ray workers (`labelmill.training.inprocess`), with one worker, so that small fits aren't mostly start-up.
+Finished stages are kept in --output: an interrupted call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from labelmill.host import Host
+from labelmill.job import TrackingConfig
+from labelmill.run import execute
+from labelmill.training.inprocess import fit_here
+from labelmill.workload import load_job
+
+
+def run_one(path: str, seed: int, overrides: list[str], output: Path, tag: str) -> dict[str, float]:
+    """Metrics of the report of one seed."""
+    name = f"{Path(path).stem}{tag}-s{seed}"
+    values = [*overrides, f"seed={seed}", f"name={name}", f"output={output}", "cluster.workers=1", "train.log_every=50"]
+    method, job = load_job(path, values)
+    job = job.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{output}/mlflow.db", system_metrics=False)})
+    host = Host(folder=output / name, fit=fit_here)
+    report = execute(job, method.run, console=Console(file=io.StringIO(), width=160), host=host)
+    return report.metrics
+
+
+def table(found: dict[int, dict[str, float]], metrics: list[str]) -> str:
+    """Arms as rows, mean and standard deviation over the seeds; the last column is paired with the first arm."""
+    seeds = sorted(found)
+    arms = [key.removeprefix("test/") for key in found[seeds[0]] if key.startswith("test/")]
+    base = next((arm for arm in arms if arm != "teacher"), arms[0])
+    lines = [f"| arm | {' | '.join(metrics)} | test - {base} |", f"|{'---|' * (len(metrics) + 2)}"]
+    for arm in arms:
+        cells = []
+        for metric in metrics:
+            values = np.array([found[s].get(f"{metric}/{arm}", math.nan) for s in seeds])
+            scale, digits = (1, 3) if metric == "kl" else (100, 2)
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            shown = f"{scale * values.mean():.{digits}f} ± {scale * spread:.{digits}f}"
+            cells.append("" if np.isnan(values).all() else shown)
+        gap = 100 * np.array([found[s][f"test/{arm}"] - found[s][f"test/{base}"] for s in seeds])
+        spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
+        lines.append(f"| {arm} | {' | '.join(cells)} | {gap.mean():+.2f} ± {spread:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--tag", default="", help="tells runs with other settings apart")
+    parser.add_argument("--metrics", nargs="+", default=["test", "ece", "agreement", "kl"])
+    args = parser.parse_args()
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    found = {seed: run_one(args.job, seed, args.overrides, output, args.tag) for seed in args.seeds}
+    (output / f"{Path(args.job).stem}{args.tag}.json").write_text(json.dumps(found, indent=1))
+    print(table(found, args.metrics))
+
+
+if __name__ == "__main__":
+    main()

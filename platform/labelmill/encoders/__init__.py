@@ -11,21 +11,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from labelmill.encoders.base import Encoder, Prepared, prepared_rows, slice_prepared, to_device
 from labelmill.encoders.hashing import sample_keys
 from labelmill.encoders.library import HfImage, HfImageConfig, HfText, HfTextConfig
-from labelmill.encoders.linear import LinearConfig, LinearProjection, Mlp, MlpConfig, Pixels, PixelsConfig
+from labelmill.encoders.linear import LinearConfig, LinearProjection, Pixels, PixelsConfig
 from labelmill.encoders.text import CharNgrams, CharNgramsConfig
 from labelmill.encoders.vision import SmallCnn, SmallCnnConfig, SmallVit, SmallVitConfig
 from labelmill.errors import JobError, did_you_mean
 from labelmill.job import StrictModel
 
 AnyEncoderConfig = (
-    CharNgramsConfig
-    | SmallCnnConfig
-    | SmallVitConfig
-    | HfImageConfig
-    | HfTextConfig
-    | LinearConfig
-    | PixelsConfig
-    | MlpConfig
+    CharNgramsConfig | SmallCnnConfig | SmallVitConfig | HfImageConfig | HfTextConfig | LinearConfig | PixelsConfig
 )
 EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 
@@ -35,7 +28,6 @@ _CLASSES: dict[type[StrictModel], Any] = {
     SmallVitConfig: SmallVit,
     LinearConfig: LinearProjection,
     PixelsConfig: Pixels,
-    MlpConfig: Mlp,
 }
 _LIBRARY: dict[type[StrictModel], Any] = {HfImageConfig: HfImage, HfTextConfig: HfText}
 KINDS: tuple[str, ...] = tuple(c.model_fields["kind"].default for c in (*_CLASSES, *_LIBRARY))
@@ -83,8 +75,6 @@ __all__ = [
     "HfTextConfig",
     "LinearConfig",
     "LinearProjection",
-    "Mlp",
-    "MlpConfig",
     "Pixels",
     "PixelsConfig",
     "Prepared",

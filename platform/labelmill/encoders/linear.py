@@ -1,4 +1,4 @@
-"""`pixels`, `linear` and `mlp`: encoders with little or no depth, for baselines, small students and frozen teachers (PCA).
+"""`pixels` and `linear`: encoders without depth, for baselines and as frozen teachers (PCA).
 
 B samples, N rows of a fit, I input width, D embedding width.
 """
@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from labelmill.encoders.base import Encoder, Prepared, Raw
@@ -35,39 +35,6 @@ class Pixels(ImageEncoder):
         """float (B, C, H, W) -> emb_BD, D = C x H x W."""
         assert isinstance(prepared, torch.Tensor)
         return prepared.flatten(1)
-
-
-class MlpConfig(ImageOptions):
-    """Options of the `mlp` encoder."""
-
-    kind: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = Field(
-        (64, 64), min_length=1, description="widths of the layers; the last is the embedding"
-    )
-    batch_norm: bool = Field(True, description="BatchNorm before each ReLU; its statistics are those of a rank")
-
-    @model_validator(mode="after")
-    def _positive(self) -> MlpConfig:
-        if min(self.hidden) < 1:
-            raise ValueError(f"widths must be positive, not {self.hidden}")
-        return self
-
-
-class Mlp(ImageEncoder):
-    """Pixels through linear layers, each with BatchNorm (optional) and ReLU."""
-
-    def __init__(self, config: MlpConfig) -> None:
-        super().__init__(config, config.hidden[-1], config.field)
-        layers: list[nn.Module] = [nn.Flatten()]
-        width = config.channels * config.image_size**2
-        for size in config.hidden:
-            layers += [nn.Linear(width, size), *([nn.BatchNorm1d(size)] if config.batch_norm else []), nn.ReLU()]
-            width = size
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, prepared: Prepared) -> torch.Tensor:
-        """float (B, C, H, W) -> emb_BD."""
-        return self.layers(prepared)
 
 
 class LinearConfig(StrictModel):

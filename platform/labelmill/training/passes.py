@@ -43,7 +43,7 @@ def load_embeddings(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.cat([p["emb"] for p in parts]), torch.cat([p["valid"] for p in parts])
 
 
-def run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
+def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
     """Runs (function, arguments) pairs as Ray tasks; results in order. Raises UserError kinds as they are."""
     import ray
 
@@ -102,7 +102,7 @@ def embed_shards(
     shared = ray.put(weights)
     todo = [i for i in range(len(manifest.shards)) if not embedding_file(folder, i).is_file()]
     calls = [(_embed_shard, (manifest, i, encoder, shared, max_bad, embedding_file(folder, i))) for i in todo]
-    bad = [item for items in run_tasks(calls, cpus, progress) for item in items]
+    bad = [item for items in _run_tasks(calls, cpus, progress) for item in items]
     if len(bad) > max_bad:
         raise DataError(f"data set {manifest.name!r}: {len(bad)} undecodable samples, the job allows {max_bad}.")
     return bad
@@ -152,7 +152,7 @@ def spherical_kmeans(
     del units
     for number in range(passes):
         shared = ray.put(centres_KD)
-        results = run_tasks([(_accumulate_file, (path, shared)) for path in files], cpus, lambda done, of: None)
+        results = _run_tasks([(_accumulate_file, (path, shared)) for path in files], cpus, lambda done, of: None)
         sums, counts = results[0][0].clone(), results[0][1].clone()
         for more_sums, more_counts, _ in results[1:]:
             sums += more_sums
@@ -182,7 +182,7 @@ def assign_nearest(
 
     shared = ray.put(centres_KD)
     calls = [(_assign_file, (embedding_file(folder, i), shared, nearest)) for i in range(len(manifest.shards))]
-    for i, ids_NL in enumerate(run_tasks(calls, cpus, progress)):
+    for i, ids_NL in enumerate(_run_tasks(calls, cpus, progress)):
         keys = read_shard(manifest, i).column("key")
         if nearest == 1:
             labels: pa.Array = pa.array(ids_NL[:, 0].numpy())

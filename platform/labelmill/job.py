@@ -81,6 +81,9 @@ class ClusterConfig(StrictModel):
     checkpoint_to: str | None = Field(
         None, min_length=1, description="folder or s3:// address that every checkpoint is copied to, in the background"
     )
+    in_process: bool = Field(
+        False, description="train in the calling process, without Ray: for small models and one worker; starts at once"
+    )
     object_store_mb: int | None = Field(None, ge=100, description="object store of a cluster that we start, MiB")
     env: tuple[str, ...] = Field(
         (),
@@ -107,6 +110,14 @@ class ClusterConfig(StrictModel):
     def _elastic_range(self) -> ClusterConfig:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
+
+    @model_validator(mode="after")
+    def _alone(self) -> ClusterConfig:
+        if self.in_process and (self.workers > 1 or self.address or self.min_workers):
+            raise ValueError(
+                "in_process trains in the calling process alone: set workers to 1 and leave address and min_workers out"
+            )
         return self
 
 

@@ -119,8 +119,8 @@ class Run:
     # --- verbs -------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Joins or starts the cluster, once a run; checks that the job's workers fit."""
-        if not self._connected:
+        """Joins or starts the cluster, once a run; checks that the job's workers fit. Nothing under `cluster.in_process`."""
+        if not self._connected and not self.job.cluster.in_process:
             from labelmill.cluster import connect
 
             self._resources.enter_context(connect(self.job.cluster))
@@ -140,10 +140,12 @@ class Run:
     ) -> Fitted:
         """Trains an objective on the job's workers, exports it, and predicts over streams. Resumes from `folder`.
 
+        Under `cluster.in_process` all of it happens in this process.
         `initial` says what heads go on from (`training.initial.find_start`), by name; `evaluate` is a stream of held-out
         samples for `train.evaluate_every`.
         """
         from labelmill.training.fit import fit
+        from labelmill.training.inprocess import fit_here
         from labelmill.training.worker import FitTask
 
         host = self.host
@@ -181,7 +183,7 @@ class Run:
             self._on_event(folder, event)
 
         self._track_history(folder, told)  # what a killed driver hadn't sent yet
-        train_on = host.fit if host and host.fit else fit
+        train_on = host.fit if host and host.fit else fit_here if cluster.in_process else fit
         seconds = train_on(task, cluster, self.job.name, on_event)
         self._track_history(folder, told)  # what was lost with a mailbox
         if (traces := folder / "profile").is_dir():
@@ -205,7 +207,7 @@ class Run:
     def embed(
         self, folder: Path, data: Manifest, encoder: Any, weights: Mapping[str, Tensor], max_bad: int = 0
     ) -> None:
-        """Embeds every sample with a frozen encoder, a Ray task a shard; read back with `load_embeddings`."""
+        """Embeds every sample with a frozen encoder, shard by shard; read back with `load_embeddings`."""
         from labelmill.training.passes import embed_shards
 
         self.connect()

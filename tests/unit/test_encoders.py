@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "char_ngrams": {"dim": 16, "buckets": 500, "hidden": 8},
     "small_cnn": {"dim": 12, "width": 8, "stages": 2},
     "small_vit": {"dim": 12, "width": 16, "depth": 1, "heads": 2, "patch": 7},
+    "mlp": {"dim": 12, "hidden": (16,)},
     "hf_image": {"architecture": "vit", "options": TINY_VIT, "image_size": 32, "dim": 10},
     "hf_text": {"architecture": "bert", "options": TINY_BERT, "max_length": 16},
     "linear": {"in_dim": 28 * 28, "dim": 9},

@@ -13,12 +13,19 @@ from labelmill.encoders.hashing import sample_keys
 from labelmill.encoders.library import HfImage, HfImageConfig, HfText, HfTextConfig
 from labelmill.encoders.linear import LinearConfig, LinearProjection, Pixels, PixelsConfig
 from labelmill.encoders.text import CharNgrams, CharNgramsConfig
-from labelmill.encoders.vision import SmallCnn, SmallCnnConfig, SmallVit, SmallVitConfig
+from labelmill.encoders.vision import Mlp, MlpConfig, SmallCnn, SmallCnnConfig, SmallVit, SmallVitConfig
 from labelmill.errors import JobError, did_you_mean
 from labelmill.job import StrictModel
 
 AnyEncoderConfig = (
-    CharNgramsConfig | SmallCnnConfig | SmallVitConfig | HfImageConfig | HfTextConfig | LinearConfig | PixelsConfig
+    CharNgramsConfig
+    | SmallCnnConfig
+    | SmallVitConfig
+    | MlpConfig
+    | HfImageConfig
+    | HfTextConfig
+    | LinearConfig
+    | PixelsConfig
 )
 EncoderConfig = Annotated[AnyEncoderConfig, Field(discriminator="kind")]
 
@@ -26,6 +33,7 @@ _CLASSES: dict[type[StrictModel], Any] = {
     CharNgramsConfig: CharNgrams,
     SmallCnnConfig: SmallCnn,
     SmallVitConfig: SmallVit,
+    MlpConfig: Mlp,
     LinearConfig: LinearProjection,
     PixelsConfig: Pixels,
 }
@@ -75,6 +83,8 @@ __all__ = [
     "HfTextConfig",
     "LinearConfig",
     "LinearProjection",
+    "Mlp",
+    "MlpConfig",
     "Pixels",
     "PixelsConfig",
     "Prepared",

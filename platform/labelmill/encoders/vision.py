@@ -1,4 +1,4 @@
-"""Small image encoders for 28 x 28 to 64 x 64 images: `small_cnn` and `small_vit`.
+"""Small image encoders for 28 x 28 to 64 x 64 images: `small_cnn`, `small_vit`, and `mlp` for quick experiments.
 
 GroupNorm and LayerNorm only: the result must not depend on how a batch is spread over workers.
 
@@ -206,3 +206,34 @@ class SmallVit(ImageEncoder):
         """float (B, C, H, W) -> emb_BD."""
         x_BTW = self.patches(prepared).flatten(2).transpose(1, 2) + self.place_TW
         return self.out(self.norm(self.blocks(x_BTW)).mean(dim=1))
+
+
+class MlpConfig(ImageOptions):
+    """Options of the `mlp` encoder."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[int, ...] = Field((256,), description="widths of the layers below the embedding; none: one layer")
+    dim: int = Field(128, ge=2, description="width of the embedding")
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> MlpConfig:
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden {list(self.hidden)}: a layer has at least one unit")
+        return self
+
+
+class Mlp(ImageEncoder):
+    """Layers on the pixels, a ReLU after each, the embedding included. A few milliseconds a step on one core."""
+
+    def __init__(self, config: MlpConfig) -> None:
+        super().__init__(config, config.dim, config.field)
+        layers, width = list[nn.Module](), config.channels * config.image_size**2
+        for out in (*config.hidden, config.dim):
+            layers += [nn.Linear(width, out), nn.ReLU()]
+            width = out
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, prepared: Prepared) -> torch.Tensor:
+        """float (B, C, H, W) -> emb_BD, not negative."""
+        assert isinstance(prepared, torch.Tensor)
+        return self.layers(prepared.flatten(1))

@@ -1,6 +1,7 @@
 """Passes over a data set that need no worker group: embed every sample, cluster embeddings, assign samples to clusters.
 
-Each runs as Ray tasks, one a shard; what they make lies in files beside each other, row for row with the shards.
+Each runs as Ray tasks, one a shard, or one after the other in this process where it isn't connected to Ray; what they make
+lies in files beside each other, row for row with the shards.
 
 Shape legend: n samples of a shard, K centres, L nearest centres, D embedding width.
 """
@@ -43,10 +44,23 @@ def load_embeddings(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.cat([p["emb"] for p in parts]), torch.cat([p["valid"] for p in parts])
 
 
-def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
-    """Runs (function, arguments) pairs as Ray tasks; results in order. Raises UserError kinds as they are."""
+def _shared(value: Any) -> Any:
+    """A value that many tasks take: in the object store once, where there is one."""
     import ray
 
+    return ray.put(value) if ray.is_initialized() else value
+
+
+def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
+    """Runs (function, arguments) pairs as tasks; results in order. Raises UserError kinds as they are."""
+    import ray
+
+    if not ray.is_initialized():
+        results = []
+        for function, arguments in calls:
+            results.append(function(*arguments))
+            progress(len(results), len(calls))
+        return results
     refs = [ray.remote(num_cpus=min(cpus, most_cpus))(function).remote(*arguments) for function, arguments in calls]
     waiting = list(refs)
     try:
@@ -96,10 +110,8 @@ def embed_shards(
     Returns the undecodable samples (key, reason); their rows have `valid` False. Raises DataError when there are more than
     `max_bad`.
     """
-    import ray
-
     folder.mkdir(parents=True, exist_ok=True)
-    shared = ray.put(weights)
+    shared = _shared(weights)
     todo = [i for i in range(len(manifest.shards)) if not embedding_file(folder, i).is_file()]
     calls = [(_embed_shard, (manifest, i, encoder, shared, max_bad, embedding_file(folder, i))) for i in todo]
     bad = [item for items in _run_tasks(calls, cpus, progress) for item in items]
@@ -138,8 +150,6 @@ def spherical_kmeans(
     Centres start as random samples; one left empty is moved to a random sample. Sums are float64 in the order of the files, so
     the result doesn't depend on the number of tasks. Raises DataError for fewer samples than centres.
     """
-    import ray
-
     files = sorted(folder.glob("emb-*.safetensors"))
     units = [_unit(path)[0] for path in files]
     total = sum(len(unit) for unit in units)
@@ -151,7 +161,7 @@ def spherical_kmeans(
     centres_KD, history = pool[chosen].clone(), []
     del units
     for number in range(passes):
-        shared = ray.put(centres_KD)
+        shared = _shared(centres_KD)
         results = _run_tasks([(_accumulate_file, (path, shared)) for path in files], cpus, lambda done, of: None)
         sums, counts = results[0][0].clone(), results[0][1].clone()
         for more_sums, more_counts, _ in results[1:]:
@@ -178,9 +188,7 @@ def assign_nearest(
     manifest: Manifest, folder: Path, centres_KD: Tensor, nearest: int, progress: Progress, cpus: float = 1.0
 ) -> Iterator[pa.Table]:
     """The `nearest` centres of every sample, most similar first: a label table (key, label) a shard."""
-    import ray
-
-    shared = ray.put(centres_KD)
+    shared = _shared(centres_KD)
     calls = [(_assign_file, (embedding_file(folder, i), shared, nearest)) for i in range(len(manifest.shards))]
     for i, ids_NL in enumerate(_run_tasks(calls, cpus, progress)):
         keys = read_shard(manifest, i).column("key")

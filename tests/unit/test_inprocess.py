@@ -1,0 +1,75 @@
+"""A job that trains in its own process: no Ray for fits and passes, and the same result as elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from labelmill.data.config import StreamConfig
+from labelmill.data.manifest import Manifest
+from labelmill.encoders import CharNgramsConfig
+from labelmill.errors import JobError
+from labelmill.job import ClusterConfig, TrackingConfig, validate_section
+from labelmill.losses.classification import Softmax
+from labelmill.run import Run, execute
+from labelmill.stages import Fitted
+from labelmill.training.config import TrainConfig, TrainJob
+from labelmill.training.passes import load_embeddings
+from workloads.noisy.ldr import RobustClassifier
+
+ENCODER = CharNgramsConfig(dim=8, buckets=256, hidden=8)
+
+
+def test_fits_and_passes_run_here(
+    make_text_data: Callable[..., Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ray was asked for")
+
+    # another test's session may be up in this process
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in ("init", "remote", "put"):
+        monkeypatch.setattr(ray, name, refuse)
+    data = make_text_data(90, 30, classes=3)
+    stream = StreamConfig().stream(data, "text", 30)
+
+    def fit_stage(run: Run, folder: Path) -> dict[str, Any]:
+        build = partial(RobustClassifier, ENCODER, Softmax(), data)
+        seconds = run.fit(folder / "fit", build, stream, run.job.train, predict={"all": stream}).seconds  # type: ignore[attr-defined]
+        run.embed(folder / "emb", data, ENCODER, Fitted(folder / "fit").dense("encoder."))
+        return {"train": seconds["train"]}
+
+    def method(job: TrainJob, run: Run) -> None:
+        fit = run.stage("fit", fit_stage)
+        emb_ND, valid_N = load_embeddings(fit.folder / "emb")
+        assert emb_ND.shape == (90, 8)
+        assert bool(valid_N.all())
+        fitted = Fitted(fit.folder / "fit")
+        assert sorted(fitted.predictions("all")["key"].to_pylist()) == [f"s{i:05d}" for i in range(90)]
+        losses = [record["train/loss"] for record in fitted.history]
+        run.report.metrics["fell"] = losses[0] - losses[-1]
+
+    job = TrainJob(
+        workload="w",
+        name="j",
+        output=tmp_path / "runs",
+        tracking=TrackingConfig(system_metrics=False),
+        cluster=ClusterConfig(in_process=True),
+        train=TrainConfig(global_batch=30, epochs=20, learning_rate=0.02),
+    )
+    report = execute(job, method, console=Console(file=io.StringIO()))
+    assert report.metrics["fell"] > 0.1
+
+
+@pytest.mark.parametrize("other", [{"workers": 2}, {"address": "auto"}])
+def test_in_process_is_one_worker_alone(other: dict[str, Any]) -> None:
+    with pytest.raises(JobError, match="in_process trains in the calling process alone"):
+        validate_section({"in_process": True, **other}, ClusterConfig, "job")

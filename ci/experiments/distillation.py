@@ -3,7 +3,7 @@
 
     python ci/experiments/distillation.py workloads/distillation/jobs/kd-fashion.yaml --seeds 0 1 2 --set train.epochs=20
 
-Training runs without Ray workers (`labelmill.training.inprocess`), with one worker, so that small fits aren't mostly start-up.
+Training runs without Ray workers (`cluster.in_process`), with one worker, so that small fits aren't mostly start-up.
 Finished stages are kept in --output: an interrupted call goes on.
 """
 
@@ -18,22 +18,17 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from labelmill.host import Host
-from labelmill.job import TrackingConfig
 from labelmill.run import execute
-from labelmill.training.inprocess import fit_here
 from labelmill.workload import load_job
 
 
 def run_one(path: str, seed: int, overrides: list[str], output: Path, tag: str) -> dict[str, float]:
     """Metrics of the report of one seed."""
     name = f"{Path(path).stem}{tag}-s{seed}"
-    values = [*overrides, f"seed={seed}", f"name={name}", f"output={output}", "cluster.workers=1", "train.log_every=50"]
-    method, job = load_job(path, values)
-    job = job.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{output}/mlflow.db", system_metrics=False)})
-    host = Host(folder=output / name, fit=fit_here)
-    report = execute(job, method.run, console=Console(file=io.StringIO(), width=160), host=host)
-    return report.metrics
+    here = {"cluster": "{workers: 1, in_process: true}", "tracking.system_metrics": "false", "train.log_every": "50"}
+    own = {"seed": seed, "name": name, "output": output} | here
+    method, job = load_job(path, [*overrides, *(f"{key}={value}" for key, value in own.items())])
+    return execute(job, method.run, console=Console(file=io.StringIO(), width=160)).metrics
 
 
 def table(found: dict[int, dict[str, float]], metrics: list[str]) -> str:

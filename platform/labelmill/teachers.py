@@ -42,6 +42,7 @@ from labelmill.job import StrictModel
 from labelmill.run import Run
 from labelmill.tracking.model import Predictor, load_model
 from labelmill.training.config import TrainConfig
+from labelmill.training.passes import run_tasks
 
 BATCH = 512
 
@@ -271,7 +272,7 @@ def teach(
         package: folder of a packaged model; or `encoder`, for a library model with weights of its own.
         name: the model's reference, kept with the outputs.
 
-    Returns {"samples", "bad"}. Runs as Ray tasks, one a shard, or in this process where the run trains in it.
+    Returns {"samples", "bad"}. Runs as Ray tasks, one a shard; under `cluster.in_process` in this process.
     """
     out = folder / "outputs"
     out.mkdir(exist_ok=True)
@@ -284,16 +285,9 @@ def teach(
         for i in todo
     ]
     bad: list[tuple[str, str]] = []
-    if run.host and run.host.fit:
-        for done, (function, arguments) in enumerate(calls, start=1):
-            bad += function(*arguments)
-            run.progress.update(done, len(calls))
-    else:
-        from labelmill.training.passes import run_tasks
-
-        run.connect()
-        for items in run_tasks(calls, 1.0, run.progress.update):
-            bad += items
+    run.connect()
+    for items in run_tasks(calls, 1.0, run.progress.update):
+        bad += items
     if len(bad) > max_bad:
         raise DataError(f"data set {data.name!r}: {len(bad)} undecodable samples, the job allows {max_bad}.")
     of_classes = {"logits", "topk"} & set(columns)

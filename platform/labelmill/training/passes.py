@@ -75,6 +75,9 @@ def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: 
         raise user_error_in(error) or error from None
 
 
+run_tasks = _run_tasks  # for passes that other modules define
+
+
 def _embed_shard(
     manifest: Manifest, shard: int, encoder: EncoderConfig, weights: dict[str, Tensor], max_bad: int, out: Path
 ) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from labelmill.data.outputs import (
     outputs_file,
     write_outputs,
 )
+from labelmill.data.selection import KeepRows, load_selection
 from labelmill.data.shards import read_shard
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.encoders.base import Encoder, Prepared
@@ -214,14 +216,17 @@ def teach_shard(
     temperatures: Sequence[float],
     dtype: Stored,
     max_bad: int,
+    only: np.ndarray | None = None,
     batch: int = BATCH,
 ) -> list[tuple[str, str]]:
     """Runs a teacher over one shard and writes its file; returns the undecodable samples (key, reason).
 
     Raises DataError for outputs that aren't finite or don't fit `dtype`, by key, and for more than `max_bad` bad samples.
+    `only` (bool, a row each) leaves the others out.
     """
     encoder = model.encoder
     table = read_shard(data, shard)
+    table = table if only is None else table.filter(pa.array(only))
     keys = table.column("key").to_pylist()
     options: dict[str, Any] = _image_options(encoder.config)
     raw, valid, bad = decode_column(
@@ -265,12 +270,14 @@ def teach(
     temperatures: Sequence[float],
     dtype: Stored,
     max_bad: int,
+    only: str = "",
 ) -> dict[str, Any]:
     """Stage: the outputs of a teacher for a whole data set, in `outputs` below the folder; shards done before are kept.
 
     Args:
         package: folder of a packaged model; or `encoder`, for a library model with weights of its own.
         name: the model's reference, kept with the outputs.
+        only: file of a selection (`KeepRows`): the teacher is asked about these samples alone.
 
     Returns {"samples", "bad"}. Runs as Ray tasks, one a shard; under `cluster.in_process` in this process.
     """
@@ -279,9 +286,20 @@ def teach(
     spec = check_teacher(package, data).spec if package else None
     config = "" if encoder is None else encoder.model_dump_json()
     options = {"columns": columns, "k": k, "temperatures": temperatures, "dtype": dtype, "max_bad": max_bad}
+    chosen = load_selection(only) if only else None
     todo = [i for i in range(len(data.shards)) if not outputs_file(out, i).is_file()]
     calls = [
-        (_teach_task, (data, i, str(package.resolve()) if package else "", config, outputs_file(out, i), options))
+        (
+            _teach_task,
+            (
+                data,
+                i,
+                str(package.resolve()) if package else "",
+                config,
+                outputs_file(out, i),
+                options | {"only": chosen.mask(i) if isinstance(chosen, KeepRows) else None},
+            ),
+        )
         for i in todo
     ]
     bad: list[tuple[str, str]] = []
@@ -312,7 +330,7 @@ def teach(
             },
         ),
     )
-    return {"samples": data.num_samples, "bad": len(bad)}
+    return {"samples": chosen.samples if chosen else data.num_samples, "bad": len(bad)}
 
 
 def package_digest(folder: Path) -> str:

@@ -184,9 +184,10 @@ def test_what_is_refused(make_text_data: Make, tmp_path: Path) -> None:
     model = student(Arm(losses=NORM, aux="nonlinear"), place)
     with pytest.raises(DataError, match="use aux linear"):
         model.forward(batch_of(data, model, 1))
+    model = student(Arm(losses=(LogitTerm(loss=ListedKD(temperature=3)),)), place)
+    batch = batch_of(data, model)
     with pytest.raises(DataError, match=r"kept for temperatures \(4\.0,\), not 3"):
-        model = student(Arm(losses=(LogitTerm(loss=ListedKD(temperature=3)),)), place)
-        model.forward(batch_of(data, model))
+        model.forward(batch)
     with pytest.raises(DataError, match="41 samples asked for"):
         carve(data, tmp_path / "carve", {"teacher": 30, "student": 11}, 0)
     parts = carve(data, tmp_path / "carve", {"teacher": 25, "student": 10}, 0)

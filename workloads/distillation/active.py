@@ -8,7 +8,7 @@ Shape legend: B samples of this rank, n samples of the pool, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.outputs import Outputs
 from labelmill.data.selection import KeepRows, load_selection
 from labelmill.data.shards import read_labels
-from labelmill.data.spec import AnySpec
+from labelmill.data.spec import AnySpec, StreamSpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError, JobError
@@ -74,7 +74,7 @@ class ActiveJob(TrainJob):
     rounds: int = Field(1, ge=1)
     arms: dict[str, Buyer] = Field(
         {k: Buyer(kind=k) for k in ("random", "margin", "entropy", "confident", "robust")},
-        min_length=1,  # type: ignore[arg-type]
+        min_length=1,
     )
     augment: bool = True
     eval_batch: int = Field(1024, ge=1)
@@ -196,7 +196,7 @@ def active(job: ActiveJob, run: Run) -> None:
     parts = carve(train, folder, sizes, job.seed)
     options = input_options(job.encoder, job.seed)
     base = job.data.stream(train, global_batch=job.train.global_batch, **options)
-    look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
+    look: Callable[..., StreamSpec] = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
     run.track_data(train=train, test=test)
     # without samples of its own the teacher has seen the same labels as the student
     seen = parts["teacher" if "teacher" in parts else "labelled"]

@@ -242,7 +242,9 @@ def report_students(
     run: Run, fits: Mapping[str, Stage], teacher: Teacher | None, test: Manifest, stream: str = "test"
 ) -> None:
     """Accuracy, calibration, and how far each student agrees with the teacher; curves, agreement, reliability."""
-    rows, curves, classes = [], {}, {}
+    rows: list[Any] = []
+    curves: dict[str, Any] = {}
+    classes: dict[str, np.ndarray] = {}
     t_NC = None
     for name, fit in fits.items():
         table = Fitted(fit.folder).predictions(stream)

@@ -6,6 +6,7 @@ Romero et al. 2015 (FitNet); Park et al. 2019 (RKD); Tung and Mori 2019 (SP); Ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 from labelmill.data.config import DataConfig
 from labelmill.data.manifest import Manifest
 from labelmill.data.shards import read_shard
+from labelmill.data.spec import StreamSpec
 from labelmill.encoders import EncoderConfig
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
@@ -90,7 +92,9 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     only = chosen.path if job.samples and chosen is not None else ""
     options = (spec.get("teacher"), job.data.max_bad_samples, job.seed, only)
     teacher = open_teacher(run, job.teacher, train, test, *options)
-    look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed))
+    look: Callable[..., StreamSpec] = partial(
+        job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed)
+    )
     fits = {
         name: run.stage(
             f"fit-{name}".lower().replace(" ", "-").replace("/", "-"),

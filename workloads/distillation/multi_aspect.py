@@ -8,7 +8,7 @@ Shape legend: B samples of this rank, C classes, Q questions, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from labelmill.data.config import DataConfig
 from labelmill.data.labels import Labels
-from labelmill.data.spec import AnySpec
+from labelmill.data.spec import AnySpec, StreamSpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError, JobError
@@ -193,7 +193,7 @@ def multi_aspect(job: MultiAspectJob, run: Run) -> None:
     stream = replace(
         job.data.stream(train, global_batch=job.train.global_batch, **options), selection=parts.get("student")
     )
-    look = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
+    look: Callable[..., StreamSpec] = partial(job.data.stream, global_batch=job.eval_batch, shuffle=False, **options)
     run.track_data(train=stream, test=test)
     path, questions, form = "", list[str](), "logit_diff"
     truth: list[list[int]] | None = None

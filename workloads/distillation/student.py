@@ -170,7 +170,9 @@ class Student(Objective):
         self.ranks = Ranks()
         self.kept = Outputs(teacher.outputs) if teacher and teacher.outputs and arm.taught else None
         # a tuple, so that the teacher is no part of the module: nobody trains, saves or exports it
-        self.live = (teacher.live(),) if teacher and not teacher.outputs and arm.taught else ()
+        self.live: tuple[TeacherModel, ...] = (
+            (teacher.live(),) if teacher and not teacher.outputs and arm.taught else ()
+        )
         self.temperatures = teacher.temperatures if teacher else ()
         if any(term.kind in ("fitnet", "cosine", "crd") for term in arm.features):
             assert teacher is not None
@@ -290,9 +292,9 @@ class Student(Objective):
             return dense_distillation(loss, s_BC, t_BC, label_B, weight_B)
         counts = [n for (n,) in self.ranks.gather_numbers([len(s_BC)], s_BC.device)]
         s_NC = self.ranks.gather_rows_with_grad(s_BC, counts)
-        others = [self.ranks.gather_rows(x.contiguous(), counts) for x in (t_BC, label_B, weight_B)]
+        t_NC, label_N, weight_N = (self.ranks.gather_rows(x.contiguous(), counts) for x in (t_BC, label_B, weight_B))
         lo = sum(counts[: self.ranks.rank])
-        return dense_distillation(loss, s_NC, *others)[lo : lo + len(s_BC)]
+        return dense_distillation(loss, s_NC, t_NC, label_N, weight_N)[lo : lo + len(s_BC)]
 
     def _sharded(self, emb_BD: Tensor, terms: list[Any], rows: Rows | None, batch: Batch) -> Tensor:
         label_B, weight_B = batch.labels.single_B, batch.weight_B
@@ -359,9 +361,9 @@ class Student(Objective):
         )
         total = ce.new_zeros(())
         for p, a, b, both, use in zip(params, first, second, joined, inside, strict=True):
-            grad = both if use else (a if b is None else b if a is None else a + b)
-            if grad is not None:
-                total = total + (grad.detach() * (p - p.detach())).sum()
+            whole = both if use else (a if b is None else b if a is None else a + b)
+            if whole is not None:
+                total = total + (whole.detach() * (p - p.detach())).sum()
         return total
 
     # --- prediction: the main head alone ---------------------------------------------------------------------

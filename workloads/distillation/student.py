@@ -39,6 +39,7 @@ from labelmill.training.objective import Losses, Objective
 
 KEEP_LOGITS = 1000  # classes up to which predictions hold every logit
 _NO_CE = CrossEntropy()
+_MOST_TRIPLETS = 512  # samples of a batch: N^3 angles
 
 
 class Schedule(StrictModel):
@@ -335,6 +336,10 @@ class Student(Objective):
             own_B = sum(counts[: self.ranks.rank]) + torch.arange(len(emb_BD), device=emb_BD.device)
             each_B = features.contrastive_distillation(self.adapter(emb_BD), t_NE, own_B, term.temperature, live_N)
             return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
+        if term.kind == "rkd" and sum(counts) > _MOST_TRIPLETS:
+            raise DataError(
+                f"rkd compares all triplets of a batch: {sum(counts)} samples are too many, {_MOST_TRIPLETS} the most."
+            )
         s_ND = self.ranks.gather_rows_with_grad(emb_BD, counts)
         function = features.rkd if term.kind == "rkd" else features.similarity_preserving
         return function(s_ND[live_N], t_NE[live_N])

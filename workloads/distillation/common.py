@@ -146,7 +146,7 @@ def open_teacher(
     if isinstance(teacher, CachedTeacher):
         kept = Outputs(teacher.folder)
         kept.verify()
-        kept.check(train, classes="embedding" not in kept.info.columns or len(kept.info.columns) > 1)
+        kept.check(train, classes=kept.info.num_classes > 0)
         place = TeacherPlace(
             outputs=str(Path(teacher.folder).resolve()), width=_width(kept), temperatures=kept.info.temperatures
         )

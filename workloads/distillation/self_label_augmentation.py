@@ -71,7 +71,7 @@ class ViewClassifier(Objective):
         if arm.kind == "joint_distilled":
             self.single = nn.Linear(self.encoder.dim, num_classes)
         # travels with checkpoints: another list of views would mean other columns
-        self.register_buffer("views_id", torch.tensor(float(identity_of(self.chosen)), dtype=torch.float64))
+        self.register_buffer("views_id", torch.tensor(identity_of(self.chosen)))
 
     def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
         return self.encoder.prepare(raw, rng)

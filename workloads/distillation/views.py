@@ -46,7 +46,7 @@ def transforms(name: ViewSet) -> list[Turn]:
 
 
 def identity_of(chosen: list[Turn]) -> int:
-    """A number for the list in its order; below 2^53, so that it survives as a float."""
+    """A number for the list in its order; below 2^52."""
     return int(hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:13], 16)
 
 

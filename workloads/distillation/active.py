@@ -33,7 +33,7 @@ from labelmill.errors import DataError, JobError
 from labelmill.evaluation.groups import wilson_interval
 from labelmill.evaluation.query_game import choose
 from labelmill.job import StrictModel
-from labelmill.losses.distillation import soft_cross_entropy
+from labelmill.losses.soft_targets import soft_cross_entropy
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.teachers import FittedTeacher, check_teacher, teach

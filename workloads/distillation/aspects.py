@@ -34,7 +34,7 @@ from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError
 from labelmill.job import StrictModel
 from labelmill.language import LlmClient, LlmConfig, clients
-from labelmill.losses.distillation import masked_soft_bce
+from labelmill.losses.soft_targets import masked_soft_bce
 from labelmill.run import Run
 from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig

@@ -27,7 +27,7 @@ from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.job import StrictModel
-from labelmill.losses.distillation import masked_soft_bce, soft_entropy
+from labelmill.losses.soft_targets import masked_soft_bce, soft_entropy
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob

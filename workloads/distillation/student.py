@@ -26,14 +26,8 @@ from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
 from labelmill.job import StrictModel
 from labelmill.losses import features
-from labelmill.losses.distillation import (
-    CrossEntropy,
-    Listed,
-    ListedKD,
-    LogitLossConfig,
-    aligned_gradients,
-    dense_distillation,
-)
+from labelmill.losses.distillation import CrossEntropy, Listed, ListedKD, LogitLossConfig, dense_distillation
+from labelmill.losses.soft_targets import aligned_gradients
 from labelmill.teachers import TeacherModel
 from labelmill.training.objective import Losses, Objective
 

@@ -30,8 +30,9 @@ from labelmill.data.stream import RankStream
 from labelmill.data.writer import ShardWriter
 from labelmill.encoders import MlpConfig, SmallCnnConfig, build_encoder
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.distilled import RowTeacher, distillation_loss
+from labelmill.heads.distilled import distillation_loss
 from labelmill.heads.sharded import ShardedHead
+from labelmill.heads.teaching import RowTeacher
 from labelmill.losses.distillation import KD, BinaryKLNorm, CrossEntropy, StandardizedKD
 from labelmill.teachers import TeacherModel, teach_shard
 from workloads.distillation.student import Arm, LogitTerm, Student, TeacherPlace

@@ -20,10 +20,11 @@ from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.distilled import ListedTeacher, LogitTeacher, distillation_loss
+from labelmill.heads.distilled import distillation_loss
 from labelmill.heads.probabilities import class_probabilities
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
+from labelmill.heads.teaching import ListedTeacher, LogitTeacher
 from labelmill.job import StrictModel
 from labelmill.losses import features
 from labelmill.losses.distillation import CrossEntropy, Listed, ListedKD, LogitLossConfig, dense_distillation

@@ -10,12 +10,15 @@ Shape legend: n samples of a shard, B samples of a batch, C classes, k best clas
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from labelmill.data.outputs import (
     outputs_file,
     write_outputs,
 )
+from labelmill.data.selection import KeepRows, load_selection
 from labelmill.data.shards import read_shard
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.encoders.base import Encoder, Prepared
@@ -42,8 +46,9 @@ from labelmill.job import StrictModel
 from labelmill.run import Run
 from labelmill.tracking.model import Predictor, load_model
 from labelmill.training.config import TrainConfig
+from labelmill.training.passes import run_tasks
 
-BATCH = 512
+BATCH = 256
 
 
 class _TeacherSection(StrictModel):
@@ -213,25 +218,43 @@ def teach_shard(
     temperatures: Sequence[float],
     dtype: Stored,
     max_bad: int,
+    only: np.ndarray | None = None,
     batch: int = BATCH,
 ) -> list[tuple[str, str]]:
     """Runs a teacher over one shard and writes its file; returns the undecodable samples (key, reason).
 
     Raises DataError for outputs that aren't finite or don't fit `dtype`, by key, and for more than `max_bad` bad samples.
+    `only` (bool, a row each) leaves the others out.
     """
     encoder = model.encoder
     table = read_shard(data, shard)
+    table = table if only is None else table.filter(pa.array(only))
     keys = table.column("key").to_pylist()
     options: dict[str, Any] = _image_options(encoder.config)
-    raw, valid, bad = decode_column(
-        table.column(encoder.field), data.fields[encoder.field], keys, options["image_size"], options["channels"]
-    )
-    if len(bad) > max_bad:
-        raise DataError(f"{data.shard_path(shard)}: sample {bad[0][0]!r} can't be decoded: {bad[0][1]}.")
+    column, field = table.column(encoder.field), data.fields[encoder.field]
+
+    def ready(lo: int) -> tuple[Prepared, np.ndarray, list[tuple[str, str]]]:
+        part = slice(lo, min(lo + batch, len(keys)))
+        rows = column.slice(lo, batch)
+        raw, valid, bad = decode_column(rows, field, keys[part], options["image_size"], options["channels"])
+        return encoder.prepare(raw), valid, bad
+
     parts: list[dict[str, np.ndarray]] = []
-    for lo in range(0, len(keys), batch):
-        emb_BE, logits_BC = model(encoder.prepare(raw[lo : lo + batch]))
-        parts.append(output_columns(emb_BE, logits_BC, columns, k, temperatures))
+    valids: list[np.ndarray] = []
+    bad: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as ahead:  # the next batch, while the model has this one
+        waiting = deque(ahead.submit(ready, lo) for lo in range(0, min(len(keys), 2 * batch), batch))
+        for lo in range(0, len(keys), batch):
+            prepared, valid, missed = waiting.popleft().result()
+            if lo + 2 * batch < len(keys):
+                waiting.append(ahead.submit(ready, lo + 2 * batch))
+            bad += missed
+            if len(bad) > max_bad:
+                raise DataError(f"{data.shard_path(shard)}: sample {bad[0][0]!r} can't be decoded: {bad[0][1]}.")
+            emb_BE, logits_BC = model(prepared)
+            parts.append(output_columns(emb_BE, logits_BC, columns, k, temperatures))
+            valids.append(valid)
+    valid = np.concatenate(valids) if valids else np.zeros(0, bool)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     for name, values in joined.items():
         if name in ("logits", "values", "embedding"):
@@ -264,36 +287,42 @@ def teach(
     temperatures: Sequence[float],
     dtype: Stored,
     max_bad: int,
+    only: str = "",
 ) -> dict[str, Any]:
     """Stage: the outputs of a teacher for a whole data set, in `outputs` below the folder; shards done before are kept.
 
     Args:
         package: folder of a packaged model; or `encoder`, for a library model with weights of its own.
         name: the model's reference, kept with the outputs.
+        only: file of a selection (`KeepRows`): the teacher is asked about these samples alone.
 
-    Returns {"samples", "bad"}. Runs as Ray tasks, one a shard, or in this process where the run trains in it.
+    Returns {"samples", "bad"}. Runs as Ray tasks, one a shard; under `cluster.in_process` in this process.
     """
     out = folder / "outputs"
     out.mkdir(exist_ok=True)
     spec = check_teacher(package, data).spec if package else None
     config = "" if encoder is None else encoder.model_dump_json()
     options = {"columns": columns, "k": k, "temperatures": temperatures, "dtype": dtype, "max_bad": max_bad}
+    chosen = load_selection(only) if only else None
     todo = [i for i in range(len(data.shards)) if not outputs_file(out, i).is_file()]
     calls = [
-        (_teach_task, (data, i, str(package.resolve()) if package else "", config, outputs_file(out, i), options))
+        (
+            _teach_task,
+            (
+                data,
+                i,
+                str(package.resolve()) if package else "",
+                config,
+                outputs_file(out, i),
+                options | {"only": chosen.mask(i) if isinstance(chosen, KeepRows) else None},
+            ),
+        )
         for i in todo
     ]
     bad: list[tuple[str, str]] = []
-    if run.host and run.host.fit:
-        for done, (function, arguments) in enumerate(calls, start=1):
-            bad += function(*arguments)
-            run.progress.update(done, len(calls))
-    else:
-        from labelmill.training.passes import run_tasks
-
-        run.connect()
-        for items in run_tasks(calls, 1.0, run.progress.update):
-            bad += items
+    run.connect()
+    for items in run_tasks(calls, 1.0, run.progress.update):
+        bad += items
     if len(bad) > max_bad:
         raise DataError(f"data set {data.name!r}: {len(bad)} undecodable samples, the job allows {max_bad}.")
     of_classes = {"logits", "topk"} & set(columns)
@@ -318,7 +347,7 @@ def teach(
             },
         ),
     )
-    return {"samples": data.num_samples, "bad": len(bad)}
+    return {"samples": chosen.samples if chosen else data.num_samples, "bad": len(bad)}
 
 
 def package_digest(folder: Path) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from labelmill.errors import DataError, JobError
 from labelmill.heads.config import HeadConfig
-from labelmill.heads.distilled import ListedTeacher, LogitTeacher, RowTeacher, distillation_loss
+from labelmill.heads.distilled import distillation_loss
 from labelmill.heads.optim import SGD
 from labelmill.heads.sharded import ShardedHead
+from labelmill.heads.teaching import ListedTeacher, LogitTeacher, RowTeacher
 from labelmill.losses.distillation import (
     DIST,
     DKD,

@@ -25,13 +25,11 @@ from labelmill.losses.distillation import (
     LogitLossConfig,
     LogitMSE,
     StandardizedKD,
-    aligned_gradients,
     dense_distillation,
     dense_state,
-    masked_soft_bce,
     part_of,
-    soft_entropy,
 )
+from labelmill.losses.soft_targets import aligned_gradients, masked_soft_bce, soft_entropy
 
 S = torch.tensor([[1.0, 2, 3], [0.5, -1, 0]], dtype=torch.float64)
 TEACHER = torch.tensor([[3.0, 1, 0], [2, 0, -1]], dtype=torch.float64)

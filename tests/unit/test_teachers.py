@@ -26,7 +26,7 @@ from labelmill.teachers import TeacherModel, check_frozen, check_teacher, teach
 from labelmill.tracking.model import write_model
 
 NAMES = ["ant", "bee", "cat"]
-ENCODER = MlpConfig(image_size=6, channels=1, hidden=(5,))
+ENCODER = MlpConfig(image_size=6, channels=1, hidden=(), dim=5)
 KEPT: dict[str, Any] = {
     "columns": ("logits", "topk", "embedding"),
     "k": 2,
@@ -58,7 +58,7 @@ def package(folder: Path, names: list[str] = NAMES, big: float = 1.0) -> Path:
 
 def here() -> Any:
     """A run that trains in its own process."""
-    return SimpleNamespace(host=SimpleNamespace(fit=object()), progress=SimpleNamespace(update=lambda *a: None))
+    return SimpleNamespace(connect=lambda: None, progress=SimpleNamespace(update=lambda *a: None))
 
 
 def run_teacher(folder: Path, data: Manifest, model: Path, **change: Any) -> Outputs:

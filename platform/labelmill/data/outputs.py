@@ -176,6 +176,11 @@ class Outputs:
         return len(self._sorted)
 
     @cached_property
+    def keys(self) -> np.ndarray:
+        """Keys of all samples, text (N,)."""
+        return np.array([key for table in self._tables for key in table.column("key").to_pylist()])
+
+    @cached_property
     def digest(self) -> str:
         """Identity of the content."""
         return hashlib.sha256(self.info.model_dump_json().encode()).hexdigest()[:16]
@@ -198,8 +203,8 @@ class Outputs:
             check_classes(info.classes, info.num_classes, data, f"the outputs in {self.folder}")
 
     @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        found = {}
+    def _columns(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         names = [n for n in self._tables[0].column_names if n not in ("key", "valid")] if self._tables else []
         for name in names:
             parts = []
@@ -207,7 +212,7 @@ class Outputs:
                 array = table.column(name).combine_chunks()
                 array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
                 parts.append(array.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1))
-            found[name] = parts[0] if len(parts) == 1 else _Joined(parts, self._starts)  # type: ignore[assignment]
+            found[name] = parts[0] if len(parts) == 1 else _Joined(parts, self._starts)
         return found
 
     @cached_property
@@ -281,5 +286,5 @@ def _count(mask: np.ndarray) -> str:
 
 
 def _keys(keys: Sequence[str], mask: np.ndarray) -> str:
-    found = [keys[i] for i in np.flatnonzero(mask)]
+    found = [keys[i] for i in np.flatnonzero(mask).tolist()]
     return ", ".join(map(repr, found[:_NAMED])) + (", ..." if len(found) > _NAMED else "")

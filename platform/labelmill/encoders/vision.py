@@ -214,6 +214,9 @@ class MlpConfig(ImageOptions):
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = Field((256,), description="widths of the layers below the embedding; none: one layer")
     dim: int = Field(128, ge=2, description="width of the embedding")
+    batch_norm: bool = Field(
+        False, description="BatchNorm before each ReLU; its statistics are those of a rank's batch"
+    )
 
     @model_validator(mode="after")
     def _check_widths(self) -> MlpConfig:
@@ -229,7 +232,7 @@ class Mlp(ImageEncoder):
         super().__init__(config, config.dim, config.field)
         layers, width = list[nn.Module](), config.channels * config.image_size**2
         for out in (*config.hidden, config.dim):
-            layers += [nn.Linear(width, out), nn.ReLU()]
+            layers += [nn.Linear(width, out), *([nn.BatchNorm1d(out)] if config.batch_norm else []), nn.ReLU()]
             width = out
         self.layers = nn.Sequential(*layers)
 

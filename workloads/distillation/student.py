@@ -1,0 +1,388 @@
+"""A student and what it learns from: labels, a teacher's logits, a teacher's features; on one head or on two.
+
+Shape legend: B samples of this rank, N of all ranks, C classes, E embedding width of the teacher, D of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from labelmill.data.labels import Labels
+from labelmill.data.outputs import Outputs, Rows
+from labelmill.data.stream import Batch
+from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.errors import DataError, JobError
+from labelmill.heads.config import HeadConfig
+from labelmill.heads.distilled import distillation_loss
+from labelmill.heads.probabilities import class_probabilities
+from labelmill.heads.ranks import Ranks
+from labelmill.heads.sharded import ShardedHead
+from labelmill.heads.teaching import ListedTeacher, LogitTeacher
+from labelmill.job import StrictModel
+from labelmill.losses import features
+from labelmill.losses.distillation import CrossEntropy, Listed, ListedKD, LogitLossConfig, dense_distillation
+from labelmill.losses.soft_targets import aligned_gradients
+from labelmill.teachers import TeacherModel
+from labelmill.training.objective import Losses, Objective
+
+KEEP_LOGITS = 1000  # classes up to which predictions hold every logit
+_NO_CE = CrossEntropy()
+_MOST_TRIPLETS = 512  # samples of a batch: N^3 angles
+
+
+class Schedule(StrictModel):
+    """When a term takes part."""
+
+    weight: float = Field(1.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, description="the weight rises linearly over so many epochs")
+    off_epoch: float | None = Field(None, gt=0, description="from this epoch on the term is off")
+
+    def at(self, epoch: float) -> float:
+        """The weight at an epoch, from 0."""
+        if self.off_epoch is not None and epoch >= self.off_epoch:
+            return 0.0
+        return self.weight * min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else self.weight
+
+
+class LogitTerm(Schedule):
+    """A loss between the student's logits and the teacher's."""
+
+    loss: LogitLossConfig
+
+
+class FeatureTerm(Schedule):
+    """A loss between embeddings. fitnet, cosine and crd compare the student's through a linear layer, which isn't exported."""
+
+    kind: Literal["fitnet", "cosine", "crd", "rkd", "sp"]
+    temperature: float = Field(0.07, gt=0, description="crd: of the cosines")
+
+
+class Arm(StrictModel):
+    """One way to train the student."""
+
+    ce: float = Field(1.0, ge=0, description="weight of cross-entropy on the labels")
+    losses: tuple[LogitTerm, ...] = ()
+    features: tuple[FeatureTerm, ...] = ()
+    aux: Literal["none", "linear", "nonlinear"] = Field(
+        "none", description="a second head that alone takes the logit losses; it isn't exported"
+    )
+    align: Literal["none", "all", "backbone"] = Field(
+        "none",
+        description="take from the teacher's gradient what opposes that of cross-entropy: over all parameters, or the encoder's",
+    )
+    shuffled: bool = Field(False, description="a control: each sample gets another sample's teacher outputs")
+    learning_rate: float | None = Field(None, gt=0, description="instead of train.learning_rate")
+
+    @model_validator(mode="after")
+    def _check(self) -> Arm:
+        if self.aux != "none" and not self.losses:
+            raise ValueError("aux: a second head needs losses to learn from")
+        if self.align != "none" and not (self.ce and self.losses):
+            raise ValueError("align compares two gradients: give ce a weight, and losses")
+        if not (self.ce or self.losses or self.features):
+            raise ValueError("nothing to learn from: ce is 0 and there are no losses")
+        return self
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is needed."""
+        return bool(self.losses or self.features)
+
+
+class TeacherPlace(StrictModel):
+    """Where the workers find the teacher: kept outputs, a packaged model, or an encoder that brings its weights."""
+
+    outputs: str = ""
+    package: str = ""
+    encoder: EncoderConfig | None = None
+    width: int = Field(0, description="of its embedding; 0 without")
+    temperatures: tuple[float, ...] = ()
+
+    def live(self) -> TeacherModel:
+        """The module."""
+        return TeacherModel.of(self.package) if self.package else TeacherModel(build_encoder(self.encoder), None)  # type: ignore[arg-type]
+
+
+def aux_head(kind: str, dim: int, num_classes: int) -> nn.Module:
+    """The second head of dual-head distillation: linear, or a small network of its own (the authors' widths)."""
+    if kind == "linear":
+        return nn.Linear(dim, num_classes)
+    return nn.Sequential(
+        nn.Linear(dim, 200), nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, num_classes)
+    )
+
+
+class Student(Objective):
+    """Encoder, a main head, and what an arm says.
+
+    Args:
+        encoder, head: config sections; without `head` the main head is a dense layer with a bias.
+        num_classes: C.
+        arm: of the job.
+        seed: of a sharded head.
+        teacher: where it is.
+        epoch_steps: steps of an epoch, for schedules; `step_samples` positions of a step.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        head: HeadConfig | None,
+        num_classes: int,
+        arm: Arm,
+        seed: int,
+        teacher: TeacherPlace | None,
+        epoch_steps: float,
+        step_samples: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = build_encoder(encoder)
+        self.num_classes, self.arm = num_classes, arm
+        self.epoch_steps, self.step_samples = epoch_steps, step_samples
+        self.sharded: dict[str, ShardedHead] = {}
+        if head:
+            self.sharded["classes"] = ShardedHead(num_classes, self.encoder.dim, head, seed=seed)
+            if arm.align != "none":
+                raise JobError("align works on a dense head: leave head out.")
+            if arm.aux == "nonlinear":
+                raise JobError(
+                    "aux nonlinear has a dense layer over all classes: use aux linear beside a sharded head."
+                )
+        else:
+            self.classes = nn.Linear(self.encoder.dim, num_classes)
+        # after the main head, so that an arm without a second head draws the same first weights
+        if arm.aux != "none":
+            if head:
+                self.sharded["aux"] = ShardedHead(num_classes, self.encoder.dim, head, seed=seed + 1)
+            else:
+                self.aux = aux_head(arm.aux, self.encoder.dim, num_classes)
+        self.ranks = Ranks()
+        self.kept = Outputs(teacher.outputs) if teacher and teacher.outputs and arm.taught else None
+        # a tuple, so that the teacher is no part of the module: nobody trains, saves or exports it
+        self.live: tuple[TeacherModel, ...] = (
+            (teacher.live(),) if teacher and not teacher.outputs and arm.taught else ()
+        )
+        self.temperatures = teacher.temperatures if teacher else ()
+        if any(term.kind in ("fitnet", "cosine", "crd") for term in arm.features):
+            assert teacher is not None
+            self.adapter = nn.Linear(self.encoder.dim, teacher.width)
+
+    @property
+    def heads(self) -> Mapping[str, ShardedHead]:
+        return self.sharded
+
+    def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
+        inputs = {"student": self.encoder.prepare(raw, rng)}
+        if self.live and self.training:
+            inputs["teacher"] = self.live[0].encoder.prepare(raw, rng)  # the same keys: the same augmentation
+        return inputs
+
+    # --- the teacher --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> Rows:
+        """What the teacher says of a batch, on its device."""
+        device = batch.weight_B.device
+        if self.kept is not None:
+            rows = self.kept.read(batch.keys) if not self._has_holes(batch) else self._read_known(batch)
+        else:
+            model = self.live[0].to(device)
+            emb_BE, logits_BC = model(batch.inputs["teacher"])
+            rows = Rows(torch.ones(len(batch), dtype=torch.bool), logits_BC, embedding_BE=emb_BE)
+        names = ("valid_B", "logits_BC", "ids_Bk", "values_Bk", "tail_BT", "embedding_BE")
+        moved = {n: None if (v := getattr(rows, n)) is None else v.to(device) for n in names}
+        if self.arm.shuffled:
+            moved = {n: None if v is None else v.roll(1, 0) for n, v in moved.items()}
+        return Rows(**moved)  # type: ignore[arg-type]
+
+    def _has_holes(self, batch: Batch) -> bool:
+        return bool((batch.weight_B == 0).any())
+
+    def _read_known(self, batch: Batch) -> Rows:
+        """Padding and holes may carry keys that nobody knows: they get the outputs of a sample that counts, unused."""
+        assert self.kept is not None
+        good = next((k for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True) if w > 0), None)
+        if good is None:
+            good = self.kept._tables[0].column("key")[0].as_py()
+        return self.kept.read([k if w > 0 else good for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True)])
+
+    def _listed(self, rows: Rows, temperature: float) -> Listed:
+        if rows.ids_Bk is None or rows.values_Bk is None or rows.tail_BT is None:
+            raise DataError("loss listed_kd needs teacher.columns topk.")
+        if temperature not in self.temperatures:
+            raise DataError(f"the teacher's tails were kept for temperatures {self.temperatures}, not {temperature:g}.")
+        return Listed(rows.ids_Bk, rows.values_Bk, rows.tail_BT[:, self.temperatures.index(temperature)], temperature)
+
+    # --- losses -------------------------------------------------------------------------------------------
+
+    def epoch_of(self, batch: Batch) -> float:
+        """The epoch that a batch belongs to, equal on all ranks."""
+        return int(batch.positions_B.min()) // self.step_samples / self.epoch_steps
+
+    def forward(self, batch: Batch) -> Losses:
+        epoch = self.epoch_of(batch)
+        emb_BD = self.encoder(batch.inputs["student"])
+        terms = [(weight, term.loss) for term in self.arm.losses if (weight := term.at(epoch))]
+        looks = [(weight, term) for term in self.arm.features if (weight := term.at(epoch))]
+        rows = self.teach(batch) if terms or looks else None
+        parts: dict[str, Tensor] = {}
+        feature = emb_BD.new_zeros(())
+        for weight, term in looks:
+            assert rows is not None
+            parts[term.kind] = self._feature(term, emb_BD, rows, batch)
+            feature = feature + weight * parts[term.kind]
+        if self.sharded:
+            return Losses(self._sharded(emb_BD, terms, rows, batch) + feature, parts)
+        ce, taught, logits_BC = self._dense(emb_BD, terms, rows, batch, parts)
+        del logits_BC
+        total = ce + taught + feature
+        if self.arm.align != "none" and terms and torch.is_grad_enabled():
+            total = total.detach() + self._aligned(ce, taught + feature)
+        return Losses(total, parts)
+
+    def _dense(
+        self, emb_BD: Tensor, terms: list[Any], rows: Rows | None, batch: Batch, parts: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits_BC, weight_B = self.classes(emb_BD), batch.weight_B
+        count = weight_B.sum().clamp_min(1)
+        ce = logits_BC.new_zeros(())
+        if self.arm.ce:
+            parts["ce"] = (F.cross_entropy(logits_BC, batch.labels.single_B, reduction="none") * weight_B).sum() / count
+            ce = self.arm.ce * parts["ce"]
+        taught = logits_BC.new_zeros(())
+        if not terms:
+            return ce, taught, logits_BC
+        assert rows is not None
+        target_BC = logits_BC if self.arm.aux == "none" else self._aux(emb_BD)
+        known_B = weight_B * rows.valid_B
+        for weight, loss in terms:
+            if loss.kind == "listed_kd":
+                loss_B = dense_distillation(
+                    loss, target_BC, None, batch.labels.single_B, known_B, self._listed(rows, loss.temperature)
+                )
+            else:
+                if rows.logits_BC is None:
+                    raise DataError(f"loss {loss.kind} needs teacher.columns logits.")
+                loss_B = self._over_ranks(loss, target_BC, rows.logits_BC, batch.labels.single_B, known_B)
+            parts[loss.kind] = (loss_B * known_B).sum() / known_B.sum().clamp_min(1)
+            taught = taught + weight * parts[loss.kind]
+        return ce, taught, logits_BC
+
+    def _aux(self, emb_BD: Tensor) -> Tensor:
+        if self.arm.aux == "nonlinear" and self.training and len(emb_BD) < 2:
+            raise DataError(
+                "the nonlinear second head has BatchNorm, and a rank's batch has one sample: use aux linear."
+            )
+        return self.aux(emb_BD)
+
+    def _over_ranks(self, loss: Any, s_BC: Tensor, t_BC: Tensor, label_B: Tensor, weight_B: Tensor) -> Tensor:
+        """A loss that compares samples sees those of all ranks."""
+        if loss.kind != "dist" or self.ranks.world == 1:
+            return dense_distillation(loss, s_BC, t_BC, label_B, weight_B)
+        counts = [n for (n,) in self.ranks.gather_numbers([len(s_BC)], s_BC.device)]
+        s_NC = self.ranks.gather_rows_with_grad(s_BC, counts)
+        t_NC, label_N, weight_N = (self.ranks.gather_rows(x.contiguous(), counts) for x in (t_BC, label_B, weight_B))
+        lo = sum(counts[: self.ranks.rank])
+        return dense_distillation(loss, s_NC, t_NC, label_N, weight_N)[lo : lo + len(s_BC)]
+
+    def _sharded(self, emb_BD: Tensor, terms: list[Any], rows: Rows | None, batch: Batch) -> Tensor:
+        label_B, weight_B = batch.labels.single_B, batch.weight_B
+        main, aux = self.sharded["classes"], self.sharded.get("aux")
+        total = emb_BD.new_zeros(())
+        teacher: Any = None
+        if terms:
+            assert rows is not None
+            listed = [loss for _, loss in terms if isinstance(loss, ListedKD)]
+            if listed and len(listed) < len(terms):
+                raise DataError("on a sharded head listed_kd doesn't go with losses on all logits.")
+            if listed:
+                teacher = ListedTeacher(self._listed(rows, listed[0].temperature))
+            elif rows.logits_BC is None:
+                raise DataError("these losses need teacher.columns logits.")
+            else:
+                teacher = LogitTeacher(rows.logits_BC)
+        own = [(self.arm.ce, _NO_CE)] if self.arm.ce else []
+        if own or aux is None:
+            mixed = own if aux is not None else own + terms
+            total = total + distillation_loss(main, emb_BD, mixed, teacher if aux is None else None, label_B, weight_B)
+        if aux is not None and terms:
+            total = total + distillation_loss(aux, emb_BD, terms, teacher, label_B, weight_B)
+        return total
+
+    def _feature(self, term: FeatureTerm, emb_BD: Tensor, rows: Rows, batch: Batch) -> Tensor:
+        if rows.embedding_BE is None:
+            raise DataError(f"feature loss {term.kind} needs teacher.columns embedding.")
+        live_B = (batch.weight_B > 0) & rows.valid_B
+        t_BE = rows.embedding_BE
+        if term.kind in ("fitnet", "cosine"):
+            s_BE = self.adapter(emb_BD)
+            each_B = (s_BE - t_BE).square().mean(1) if term.kind == "fitnet" else features.embedding_cosine(s_BE, t_BE)
+            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
+        counts = [n for (n,) in self.ranks.gather_numbers([len(emb_BD)], emb_BD.device)]
+        t_NE, live_N = self.ranks.gather_rows(t_BE.contiguous(), counts), self.ranks.gather_rows(live_B, counts)
+        if term.kind == "crd":
+            own_B = sum(counts[: self.ranks.rank]) + torch.arange(len(emb_BD), device=emb_BD.device)
+            each_B = features.contrastive_distillation(self.adapter(emb_BD), t_NE, own_B, term.temperature, live_N)
+            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
+        if term.kind == "rkd" and sum(counts) > _MOST_TRIPLETS:
+            raise DataError(
+                f"rkd compares all triplets of a batch: {sum(counts)} samples are too many, {_MOST_TRIPLETS} the most."
+            )
+        s_ND = self.ranks.gather_rows_with_grad(emb_BD, counts)
+        function = features.rkd if term.kind == "rkd" else features.similarity_preserving
+        return function(s_ND[live_N], t_NE[live_N])
+
+    def _aligned(self, ce: Tensor, taught: Tensor) -> Tensor:
+        """A scalar of value 0 whose gradient is the aligned sum of both losses' (DHKD's gradient alignment).
+
+        Gradients are averaged over the ranks before their directions are compared.
+        """
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        params = [p for _, p in named]
+        first, second = (
+            list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)) for loss in (ce, taught)
+        )
+        if self.ranks.world > 1:
+            for grads in (first, second):
+                for i, grad in enumerate(grads):
+                    if grad is not None:
+                        grads[i] = self.ranks.sum_(grad.contiguous()) / self.ranks.world
+        inside = [self.arm.align == "all" or name.startswith("encoder.") for name, _ in named]
+        joined = aligned_gradients(
+            [g if use else None for g, use in zip(first, inside, strict=True)],
+            [g if use else None for g, use in zip(second, inside, strict=True)],
+        )
+        total = ce.new_zeros(())
+        for p, a, b, both, use in zip(params, first, second, joined, inside, strict=True):
+            whole = both if use else (a if b is None else b if a is None else a + b)
+            if whole is not None:
+                total = total + (whole.detach() * (p - p.detach())).sum()
+        return total
+
+    # --- prediction: the main head alone ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        emb_BD, label_B = self.encoder(batch.inputs["student"]), batch.labels.ids_BP[:, 0]
+        keep = self.num_classes <= KEEP_LOGITS
+        if self.sharded:
+            head = self.sharded["classes"]
+            found = class_probabilities(head, emb_BD, label_B, 1)
+            out = {"label": label_B, "class_id": found.class_id_Bk, "prob": found.prob_Bk}
+            if keep:
+                score_BC, id_BC = head.topk(emb_BD, self.num_classes)
+                out["logits"] = torch.zeros_like(score_BC).scatter_(1, id_BC, head.config.scale * score_BC)
+            return out
+        logits_BC = self.classes(emb_BD).float()
+        prob, ids = torch.softmax(logits_BC, 1).topk(1)
+        return {"label": label_B, "class_id": ids, "prob": prob} | ({"logits": logits_BC} if keep else {})
+
+
+Arms = dict[str, Arm]

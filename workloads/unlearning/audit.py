@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from labelmill.data.keys import key_hashes
 from labelmill.data.selection import KeepRows
 from labelmill.data.shards import read_labels
@@ -34,11 +37,16 @@ from labelmill.stages import Fitted
 from labelmill.tracking.model import read_spec
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
-from pydantic import Field
-from torch import Tensor, nn
-
 from workloads.unlearning.methods import FinetuneUnlearner
-from workloads.unlearning.model import Dense, check_classifier, head_start, load_encoder, save_hashes
+from workloads.unlearning.model import (
+    Dense,
+    check_classifier,
+    head_start,
+    load_encoder,
+    package_classes,
+    save_hashes,
+    trained_ids,
+)
 
 FULL = 100  # classes up to which whole distributions are compared
 
@@ -50,7 +58,8 @@ class AuditSection(StrictModel):
     attacks: tuple[str, ...] = Field(tuple(ATTACKS), description="membership inference")
     splits: int = Field(3, ge=1, description="random halves of the unseen samples that the attacks are repeated on")
     relearn: TrainConfig | None = Field(
-        None, description="fine-tuning on the forgotten samples until their accuracy is back; `evaluate_every` steps apart"
+        None,
+        description="fine-tuning on the forgotten samples until their accuracy is back; `evaluate_every` steps apart",
     )
     relearn_share: float = Field(0.95, gt=0, le=1, description="of the original's accuracy that counts as back")
 
@@ -69,6 +78,7 @@ class Probe(Objective):
         self.encoder.requires_grad_(False)
         self.head = ShardedHead(spec.num_classes, spec.dim, HeadConfig(normalize=spec.normalized, scale=spec.scale))
         self.k = min(spec.num_classes, FULL)
+        self.ids_C = torch.from_numpy(trained_ids(package_classes(Path(package))).copy())
         self.anchor = nn.Parameter(torch.zeros(1))
 
     @property
@@ -81,8 +91,11 @@ class Probe(Objective):
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         label_B = batch.labels.single_B
-        found = class_probabilities(self.head, self.encoder(batch.inputs), label_B, self.k)
-        return {"label": label_B, "given": found.given_B, "class_id": found.class_id_Bk, "prob": found.prob_Bk}
+        ids_C = self.ids_C.to(label_B.device)
+        row_B = torch.searchsorted(ids_C, label_B).clamp_max(len(ids_C) - 1)
+        row_B = torch.where(ids_C[row_B] == label_B, row_B, -1)  # a removed class has no row
+        found = class_probabilities(self.head, self.encoder(batch.inputs), row_B, self.k)
+        return {"label": label_B, "given": found.given_B, "class_id": ids_C[found.class_id_Bk], "prob": found.prob_Bk}
 
 
 @dataclass(frozen=True)
@@ -95,9 +108,9 @@ class Said:
 
     def distribution(self, num_classes: int) -> np.ndarray | None:
         """(N, C) in the order of classes; None where only the best are known."""
-        if self.class_id_NK.shape[1] != num_classes:
+        if (self.answers.prob_NK.sum(1) < 0.999).any():
             return None
-        out = np.zeros_like(self.answers.prob_NK)
+        out = np.zeros((len(self.answers), num_classes))
         np.put_along_axis(out, self.class_id_NK, self.answers.prob_NK, axis=1)
         return out / out.sum(1, keepdims=True)
 

@@ -55,7 +55,9 @@ Scorer = Callable[[Answers, Answers, np.ndarray, int], Callable[[Answers], np.nd
 """Fits on (members, non-members, weights of both, seed); gives bool "is a member" for answers."""
 
 
-def _loss_threshold(members: Answers, others: Answers, weight: np.ndarray, seed: int) -> Callable[[Answers], np.ndarray]:
+def _loss_threshold(
+    members: Answers, others: Answers, weight: np.ndarray, seed: int
+) -> Callable[[Answers], np.ndarray]:
     """Yeom et al., Privacy Risk in Machine Learning (CSF 2018): a member has a small loss; the best threshold."""
     loss = np.concatenate([members.loss_N, others.loss_N])
     signed = np.concatenate([weight[: len(members)], -weight[len(members) :]])

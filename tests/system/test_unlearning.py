@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
     "head": {"scale": 8.0, "optimizer": {"kind": "adamw", "weight_decay": 0.0}},
     "train": {"global_batch": 32, "epochs": 8, "learning_rate": 0.01, "log_every": 50, "zero_stage": 0},
 }
-BUDGET = {"global_batch": 32, "epochs": 3, "learning_rate": 0.005, "log_every": 50, "zero_stage": 0}
+BUDGET = {"global_batch": 32, "epochs": 6, "learning_rate": 0.03, "log_every": 50, "zero_stage": 0}
 
 
 def run(folder: Path, job: dict[str, Any]) -> tuple[Any, str]:
@@ -52,13 +52,13 @@ def run(folder: Path, job: dict[str, Any]) -> tuple[Any, str]:
 
 METHODS: dict[str, Any] = {
     "finetune": {"kind": "finetune"},
-    "ascent": {"kind": "ascent", "train": BUDGET | {"epochs": 6}},
+    "ascent": {"kind": "ascent", "train": BUDGET | {"learning_rate": 0.01}},
     "neggrad_plus": {"kind": "neggrad_plus", "alpha": 0.7},
     "random_labels": {"kind": "random_labels"},
-    "boundary_shrink": {"kind": "boundary_shrink", "step": 1.0, "train": BUDGET | {"epochs": 6}},
+    "boundary_shrink": {"kind": "boundary_shrink", "step": 1.0, "train": BUDGET | {"learning_rate": 0.01}},
     "bad_teacher": {"kind": "bad_teacher"},
     "scrub": {"kind": "scrub"},
-    "dampening": {"kind": "dampening", "alpha": 1.5, "train": BUDGET | {"epochs": 1}},
+    "dampening": {"kind": "dampening", "alpha": 1.2, "train": BUDGET | {"epochs": 1}},
     "eu": {"kind": "last_layers", "k": 2, "fresh": True},
     "unsir": {"kind": "unsir", "noise": 8, "noise_steps": 10},
     "laf": {
@@ -89,13 +89,15 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
     report, _ = run(tmp_path, job)
     found = report.metrics
     assert found["original/train_f"] > 90
-    assert found["retrain/train_f"] == found["retrain/gap"] == found["retrain/js_to_retrain"] == 0
-    table = report.tables["versions"]
-    assert [row[0] for row in table.rows] == ["original", "retrain", *METHODS]
-    for name in ("neggrad-plus", "random-labels", "bad-teacher", "eu", "unsir", "laf"):
+    assert found["retrain/train_f"] < 20
+    assert found["retrain/gap"] == found["retrain/js_to_retrain"] == 0
+    assert {row[0] for row in report.tables["versions"].rows} == {"original", "retrain", *METHODS}
+    for name in ("finetune", "neggrad-plus", "random-labels", "eu", "scrub"):
         assert found[f"{name}/train_f"] < 30, name
-        assert found[f"{name}/test_r"] > 80, name
-    for name in ("ascent", "boundary-shrink", "scrub", "dampening"):
-        assert found[f"{name}/train_f"] < found["original/train_f"], name
+    for name in ("ascent", "boundary-shrink", "bad-teacher", "unsir", "laf"):
+        assert found[f"{name}/train_f"] < found["original/train_f"] - 20, name
+    assert found["dampening/train_f"] < found["original/train_f"]
+    for name in METHODS:
+        assert found[f"{name.replace('_', '-')}/test_r"] > 70, name
     assert 0 <= found["bad-teacher/zrf"] <= 1
     assert not any(math.isnan(value) for value in report.metrics.values())

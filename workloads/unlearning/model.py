@@ -132,7 +132,7 @@ class Marked(Objective):
         return mark & (batch.weight_B > 0)
 
     def mean(self, loss_B: Tensor, mask_B: Tensor) -> Tensor:
-        """Mean of `loss_B` over the marked samples of all ranks, such that the engine's average over ranks gives it; 0 of none."""
+        """Mean over the marked samples of all ranks, as the engine's average over ranks has it; 0 of none."""
         weight_B = mask_B.to(loss_B.dtype)
         total = self.ranks.sum_(weight_B.sum().detach().clone())
         return (loss_B * weight_B).sum() * self.ranks.world / total.clamp_min(1)

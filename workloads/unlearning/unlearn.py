@@ -137,8 +137,11 @@ def stream_of(
     wanted = round(batch * (few / (few + many) if share is None else share))
     number = max(1, min(wanted, few, batch - 1))
     # an epoch is one of the first part
-    parts, numbers = ((retain, forget), (batch - number, number)) if share is None else ((forget, retain), (number, batch - number))  # fmt: skip
-    return MixedSpec(parts, Mix([float(n) for n in numbers]), batch)
+    if share is None:
+        parts, numbers = (retain, forget), [batch - number, number]
+    else:
+        parts, numbers = (forget, retain), [number, batch - number]
+    return MixedSpec(parts, Mix(numbers), batch)
 
 
 # --- retraining -------------------------------------------------------------------------------------------------

@@ -101,3 +101,105 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
         assert found[f"{name.replace('_', '-')}/test_r"] > 70, name
     assert 0 <= found["bad-teacher/zrf"] <= 1
     assert not any(math.isnan(value) for value in report.metrics.values())
+
+
+# --- the registry flow -----------------------------------------------------------------------------------------------
+
+
+def registered(folder: Path) -> dict[str, Any]:
+    """A registered classifier over blobs, champion of `blobs`."""
+    job = SMALL | {
+        "workload": "discrimination.partial_fc",
+        "name": "original",
+        "data": {"train": str(blobs(folder / "train", 400, 0)), "test": str(blobs(folder / "test", 200, 1))},
+        "register_as": "blobs",
+    }
+    run(folder, job)
+    api.promote("blobs", output=folder / "runs")
+    return {
+        "workload": "unlearning.forget",
+        "name": "forget",
+        "model": "blobs",
+        "cluster": {"in_process": True},
+        "method": {"kind": "neggrad_plus", "alpha": 0.9},
+        "train": BUDGET,
+        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold"]},
+    }
+
+
+def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
+    from labelmill.data.deletion import contains
+    from labelmill.errors import DataError, JobError, TrackingError
+    from labelmill.job import TrackingConfig
+    from labelmill.tracking import promotion, registry
+    from labelmill.tracking.requests import forgotten
+
+    config, output = TrackingConfig(), tmp_path / "runs"
+    job = registered(tmp_path)
+    (tmp_path / "ids.txt").write_text("".join(f"user-7/s{i:05d}\n" for i in range(7, 400, 20)))
+    by_user = {"kind": "where", "all": [{"field": "key", "glob": "user-7/*"}, {"field": "label", "equals": 3}]}
+    report, text = run(tmp_path, job | {"request": {"kind": "ids", "file": str(tmp_path / "ids.txt")}})
+    assert "registered blobs version 2, alias candidate" in text
+    assert report.metrics["request/samples"] == 20
+    assert {"parent", "neggrad_plus", "retrain"} <= set(report.tables["audit"].columns)
+    measures = [row[0] for row in report.tables["audit"].rows]
+    assert {"train_r", "train_f", "test_r", "gap", "js_to_retrain", "zrf", "time", "mia_threshold"} <= set(measures)
+    assert report.metrics["audit/test_r"] > 80
+
+    new = registry.resolve(config, output, "blobs@candidate")
+    assert new.version == 2
+    assert new.parents == ("blobs/1",)
+    assert new.tags["labelmill.method"] == "neggrad_plus"
+    assert float(new.tags["audit.test_r"]) == pytest.approx(report.metrics["audit/test_r"], abs=0.01)
+    assert [v.version for _, v in promotion.lineage(config, output, "blobs@candidate")] == [2, 1]
+    found, digest = forgotten(config, output, "blobs/2", ["user-7/s00007", "user-7/s00017"])
+    assert found == {"user-7/s00007": True, "user-7/s00017": False}
+    assert digest == new.tags["labelmill.request"] == report.meta["request"]
+    (kept,) = (output / "forget" / "stages").glob("request-*/request")
+    assert contains(kept, ["user-7/s00027"], digest) == {"user-7/s00027": True}
+    with pytest.raises(TrackingError, match="doesn't answer a deletion request"):
+        forgotten(config, output, "blobs/1", ["a"])
+
+    # the old version ends, the new one takes its place
+    with pytest.raises(TrackingError, match="is the champion: name the version"):
+        promotion.revoke(config, output, "blobs/1")
+    with pytest.raises(TrackingError, match="as well"):
+        promotion.revoke(config, output, "blobs/1", champion=1)
+    old, champion = promotion.revoke(config, output, "blobs/1", champion="candidate", why="request")
+    assert champion == 2
+    assert old.revoked.endswith("request")
+    assert promotion.revoke(config, output, "blobs/1", champion=2)[0].revoked == old.revoked, "again changes nothing"
+    x = [[3.0] + [0.0] * (WIDTH - 1)]
+    assert api.predict("blobs", x, k=1, output=output)["class"].tolist() == ["north"]
+    for refused in (
+        lambda: api.predict("blobs/1", x, k=1, output=output),
+        lambda: api.promote("blobs", "1", output=output),
+        lambda: promotion.rollback(config, output, "blobs"),
+        lambda: api.predict_data("blobs/1", tmp_path / "test", tmp_path / "out", output=output),
+        lambda: api.serve("blobs/1", output=output).__enter__(),
+        lambda: run(tmp_path, job | {"name": "late", "model": "blobs/1", "request": by_user}),
+    ):
+        with pytest.raises(TrackingError, match=r"was revoked|no champion before"):
+            refused()
+
+    # the next request, against the new version: a whole class by its rows alone, no data set named
+    whole = {"kind": "classes", "ids": [3]}
+    removal = {"kind": "remove_classes", "repair": 6, "neighbours": 1}
+    report, _ = run(tmp_path, job | {"name": "class", "request": whole, "method": removal, "reference": False})
+    answers = api.predict("blobs@candidate", np.eye(WIDTH)[:CLASSES] * 3, k=3, output=output)
+    assert set(answers["class"]) == {"north", "east", "south"}
+    assert report.metrics["audit/train_f"] == report.metrics["audit/test_f"] == 0
+    assert report.metrics["audit/test_r"] > 85
+    third = registry.resolve(config, output, "blobs@candidate")
+    assert third.parents == ("blobs/2",)
+
+    # what can't be done is said before anything trains
+    for wrong, error, message in (
+        ({"request": {"kind": "ids", "file": "nowhere.txt"}}, JobError, "nowhere.txt: no such file"),
+        ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 400 samples"),
+        ({"request": whole, "model": "blobs/3"}, JobError, "classes were removed"),
+        ({"request": by_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
+        ({"request": by_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
+    ):
+        with pytest.raises(error, match=message):
+            run(tmp_path, job | {"name": "wrong"} | wrong)

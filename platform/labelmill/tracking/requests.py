@@ -62,7 +62,8 @@ def _open(known: DataInput, given: str | None, where: str) -> Manifest:
     except DataError as error:
         if given:
             raise
-        raise DataError(f"{known.context} data {known.name!r} of the model: {error} If it has moved, name it in {where}.") from None  # fmt: skip
+        what = f"{known.context} data {known.name!r} of the model"
+        raise DataError(f"{what}: {error} If it has moved, name it in {where}.") from None
     if found.digest != known.digest:
         raise DataError(
             f"{place}: not the {known.context} data that the model was made with (manifest {found.digest[:12]}, recorded "

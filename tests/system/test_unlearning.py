@@ -203,3 +203,31 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             run(tmp_path, job | {"name": "wrong"} | wrong)
+
+
+def test_the_walk_through_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of it, in one process: starting Python a dozen times costs more than what they do."""
+    import re
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from labelmill.cli import app
+
+    text = (Path(__file__).resolve().parents[2] / "workloads" / "unlearning" / "README.md").read_text()
+    part = text[text.index("## A request, from") : text.index("## `unlearning.forget`")]
+    monkeypatch.chdir(tmp_path)
+    said = ""
+    for block in re.findall(r"```bash\n(.*?)```", part, re.DOTALL):
+        for name, _, content, command in re.findall(
+            r"cat > (\S+) <<'(\w+)'\n(.*?)\n\2\n|^(labelmill .*)$", block, re.DOTALL | re.MULTILINE
+        ):
+            if name:
+                Path(name).write_text(content + "\n")
+                continue
+            words = shlex.split(command.splitlines()[0])[1:]
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, f"{words}\n{done.output}\n{done.exception!r}"
+            said += done.output
+    for line in ("registered tickets version 2", "parent models", "bob-1: forgotten", "tickets/1 is revoked; champion is version 2"):  # fmt: skip
+        assert line in said, said

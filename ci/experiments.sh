@@ -7,3 +7,7 @@ for seed in 0 1 2; do
   $bin/labelmill run workloads/discrimination/jobs/mlcd-fashion.yaml --set "name=mlcd-fashion-s$seed" --set "seed=$seed"
 done
 $bin/python ci/summarize.py runs/mlcd-fashion-s{0,1,2}
+# unlearning: three seeds in each job, tables with intervals in the report
+for task in class random noisy; do
+  $bin/labelmill run "workloads/unlearning/jobs/$task-fashion.yaml"
+done

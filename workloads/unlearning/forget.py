@@ -62,7 +62,7 @@ class LafJob(ForgetJob):
     """LAF: labels of the training set are dropped before the method sees it."""
 
     workload: Literal["unlearning.laf"]
-    method: LafConfig = Field(LafConfig(), discriminator=None)  # type: ignore[assignment]
+    method: LafConfig = Field(LafConfig(), discriminator=None)
 
 
 def take_request(run: Run, folder: Path, request: Any, train: Manifest, sources: list[str]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def answer(job: ForgetJob, run: Run) -> None:
     classes_, masks = _request(job, run, known.train)
     run.progress.line(f"{source}: {masks['samples']:,} of {known.train.num_samples:,} samples are to be forgotten")
     sets = {"train": known.train} | ({"test": known.test} if known.test else {})
-    run.track_data(**sets)  # type: ignore[arg-type]
+    run.track_data(**sets)
     run.tracker.artifact(masks.folder / FOLDER / "request.json", FOLDER)
     run.tracker.artifact(masks.folder / FOLDER / "leaves.bin", FOLDER)
 

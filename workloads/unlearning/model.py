@@ -71,7 +71,7 @@ class Dense(nn.Module):
         """Fresh weights, as a new model has them."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder.load_state_dict(build_encoder(self.encoder.config).state_dict())  # type: ignore[arg-type]
+            self.encoder.load_state_dict(build_encoder(self.encoder.config).state_dict())
             with torch.no_grad():
                 self.rows_CD.copy_(torch.randn_like(self.rows_CD) * self.rows_CD.shape[1] ** -0.5)
         return self
@@ -104,7 +104,7 @@ def load_encoder(package: Path, spec: ModelSpec | None = None) -> Any:
 def frozen(module: nn.Module) -> Any:
     """A module that doesn't train: no gradient, evaluation mode for good."""
     module.requires_grad_(False).eval()
-    module.train = lambda mode=True: module  # type: ignore[method-assign, assignment]
+    module.train = lambda mode=True: module  # type: ignore[method-assign]
     return module
 
 

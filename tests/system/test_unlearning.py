@@ -84,7 +84,7 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
         "seeds": [0],
         "methods": METHODS,
         "budget": BUDGET,
-        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold", "logistic"]},
+        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold", "logistic"], "shadows": 2},
     }
     report, _ = run(tmp_path, job)
     found = report.metrics
@@ -100,6 +100,7 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
     for name in METHODS:
         assert found[f"{name.replace('_', '-')}/test_r"] > 70, name
     assert 0 <= found["bad-teacher/zrf"] <= 1
+    assert 20 < found["retrain/mia_lira_auc"] < 80
     assert not any(math.isnan(value) for value in report.metrics.values())
 
 

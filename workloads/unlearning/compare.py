@@ -267,7 +267,67 @@ def compare_seed(job: CompareJob, run: Run, train: Manifest, test: Manifest, see
         values = audits.audit(said[name], classes, job.audit, count, said["retrain"], said["random"])
         values["time"] = 100 * version["seconds"] / max(versions["retrain"]["seconds"], 1e-9)
         out[name] = values
+    if job.audit.shadows:
+        for name, found in shadow_attacks(job, run, stream("all"), sets, said, seed, recipe).items():
+            out[name] |= found
     return out | _relearning(job, run, versions, forget, out, seed)
+
+
+def fit_shadow(
+    run: Run,
+    folder: Path,
+    train: StreamSpec,
+    number: int,
+    encoder: EncoderConfig,
+    head: HeadConfig,
+    config: TrainConfig,
+    seed: int,
+    job: dict[str, Any],
+) -> dict[str, Any]:
+    """Stage: a model like the original, trained on half of its samples, drawn by their keys."""
+    assert isinstance(train.selection, KeepRows)
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = []
+    for i in range(len(train.manifest.shards)):
+        keys = read_labels(train.manifest, i).column("key").to_pylist()
+        masks.append(train.selection.mask(i) & in_shadow(keys, number, seed))
+    half = KeepRows.of(masks, train.manifest.digest).save(str((folder / "half.arrow").resolve()))
+    return fit_original(run, folder, replace(train, selection=half), encoder, head, config, seed, job)
+
+
+def in_shadow(keys: list[str], number: int, seed: int) -> np.ndarray:
+    """bool (N,): which samples a shadow model is trained on."""
+    return np.array([unit(key, f"shadow|{seed}|{number}") < 0.5 for key in keys])
+
+
+def shadow_attacks(
+    job: CompareJob,
+    run: Run,
+    train: StreamSpec,
+    sets: dict[str, StreamSpec],
+    said: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    recipe: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Version -> the attack with shadow models."""
+    shadows, inside = [], []
+    asked = {name: sets[name] for name in ("forget", "test")}
+    for number in range(job.audit.shadows):
+        fit = run.stage(
+            f"shadow-{number}-s{seed}",
+            fit_shadow,
+            train=train,
+            number=number,
+            encoder=job.encoder,
+            head=job.head,
+            config=job.train,
+            seed=seed,
+            job=recipe,
+        )
+        stage = run.stage(f"probe-shadow-{number}-s{seed}", probe_version, version=fit, sets=asked, config=job.budget)
+        shadows.append({name: answers_of(stage.folder, name) for name in asked})
+        inside.append(in_shadow(shadows[-1]["forget"].keys, number, seed))
+    return {name: audits.shadow_attack(found, shadows, inside) for name, found in said.items() if name != "random"}
 
 
 def _relearning(
@@ -322,7 +382,7 @@ def report_comparison(run: Run, found: Mapping[str, list[dict[str, float]]]) -> 
 
     for title, columns, caption in (
         ("versions", COLUMNS, "percent, bits, steps; time in percent of retraining; closest to retrain is best"),
-        ("membership", attacks, "balanced accuracy in percent; compare with retrain; by class: unseen samples matched"),
+        ("membership", attacks, "balanced accuracy (lira: area, rate at 1 %) in percent; compare with retrain"),
     ):
         shown = [c for c in columns if any(not math.isnan(v.get(c, math.nan)) for many in found.values() for v in many)]
         rows = [

@@ -310,7 +310,8 @@ def shadow_attacks(
     recipe: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Version -> the attack with shadow models."""
-    shadows, inside = [], []
+    shadows: list[Mapping[str, audits.Said]] = []
+    inside: list[np.ndarray] = []
     asked = {name: sets[name] for name in ("forget", "test")}
     for number in range(job.audit.shadows):
         fit = run.stage(

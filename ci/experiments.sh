@@ -9,3 +9,7 @@ for seed in 0 1 2; do
 done
 $bin/python ci/summarize.py runs/mlcd-fashion-s{0,1,2}
 OMP_NUM_THREADS=1 $bin/python ci/experiments/noisy.py
+# unlearning: three seeds in each job, tables with intervals in the report
+for task in class random noisy; do
+  $bin/labelmill run "workloads/unlearning/jobs/$task-fashion.yaml"
+done

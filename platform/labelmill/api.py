@@ -186,7 +186,7 @@ def serve(
 
     section = validate_section(cluster or {}, ClusterConfig, "cluster")
     config = tracking or TrackingConfig()
-    version = registry.resolve(config, output, model)
+    version = registry.usable(registry.resolve(config, output, model))
     pinned = f"{version.name}/{version.version}"
     asked = ServeConfig(pinned, str(output), config, host, port, section, max_batch)
     with serving(asked) as url:

@@ -120,6 +120,43 @@ def models_rollback(name: str, output: OutputOption = Path("runs"), tracking_uri
     console.print(f"{name}: champion is version {back} again, not {fallen}", highlight=False)
 
 
+@models_app.command("revoke")
+def models_revoke(
+    model: Reference,
+    champion: Annotated[
+        str | None, typer.Option(help="version or alias that becomes the champion first, if this one is it")
+    ] = None,
+    why: Annotated[str, typer.Option(help="kept with the version; no personal data")] = "",
+    output: OutputOption = Path("runs"),
+    tracking_uri: UriOption = None,
+) -> None:
+    """Take a version out of use for good: prediction, serving and promotion refuse it."""
+    from labelmill.tracking import promotion
+
+    old, now = promotion.revoke(tracking_config(tracking_uri), output, model, champion, why)
+    crowned = "there is no champion" if now is None else f"champion is version {now}"
+    console.print(f"{old.name}/{old.version} is revoked; {crowned}", highlight=False)
+
+
+@models_app.command("forgotten")
+def models_forgotten(
+    model: Reference,
+    ids: Annotated[list[str], typer.Option("--id", help="a sample's id; repeat for several")],
+    output: OutputOption = Path("runs"),
+    tracking_uri: UriOption = None,
+) -> None:
+    """Say whether ids were among those that a version was made to forget, by the kept request alone."""
+    from labelmill.tracking.requests import forgotten
+
+    found, digest = forgotten(tracking_config(tracking_uri), output, model, ids)
+    for key, there in found.items():
+        text = "forgotten" if there else "not in the request"
+        console.print(f"{key}: {text}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"by request {digest}", highlight=False, soft_wrap=True)
+    if not all(found.values()):
+        raise typer.Exit(NOT_PROMOTED)
+
+
 @models_app.command("predict")
 def models_predict(
     model: Reference,

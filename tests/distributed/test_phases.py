@@ -85,9 +85,9 @@ def by_hand(data: str, steps: int) -> dict[str, torch.Tensor]:
     from dataclasses import replace
 
     spec = replace(spec, stop=-(-steps // 2) * 16)
-    batches = iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare))
+    batches = list(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare))
     for step in range(steps):
-        batch = next(batches) if step % 2 == 0 else batch
+        batch = batches[step // 2]
         model.begin(step, steps)
         model.zero_grad()
         model.loss(batch.inputs, batch.labels.single_B).backward()

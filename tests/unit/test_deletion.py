@@ -56,7 +56,8 @@ def test_conditions_over_keys_labels_and_text_fields(make_text_data: Make) -> No
     assert keys({"field": "key", "glob": "s0001?"}) == [f"s0001{i}" for i in range(10)]
     assert keys({"field": "key", "regex": "[12]7$"}) == ["s00017", "s00027"]
     assert keys({"field": "text", "equals": "word-5"}) == ["s00005"]
-    assert keys({"field": "text", "contains": "word-3"}, {"field": "label", "any_of": [3]}) == ["s00003", "s00031", "s00035", "s00039"]  # fmt: skip
+    both = {"field": "text", "contains": "word-3"}, {"field": "label", "any_of": [3]}
+    assert keys(*both) == ["s00003", "s00031", "s00035", "s00039"]
     with pytest.raises(DataError, match=r"'texx' can't be asked about. Did you mean 'text'"):
         keys({"field": "texx", "equals": "a"})
     with pytest.raises(DataError, match="no pattern"):

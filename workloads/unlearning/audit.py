@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from labelmill.data.keys import key_hashes
 from labelmill.data.selection import KeepRows
 from labelmill.data.shards import read_labels
@@ -24,7 +27,7 @@ from labelmill.data.spec import StreamSpec
 from labelmill.data.stream import Batch, RankStream
 from labelmill.errors import JobError
 from labelmill.evaluation.forgetting import gap, interval, js_divergence, relearn_steps, zrf
-from labelmill.evaluation.membership import ATTACKS, Answers, attack
+from labelmill.evaluation.membership import ATTACKS, Answers, attack, lira_scores, logit_confidence, roc
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.probabilities import class_probabilities
 from labelmill.heads.sharded import ShardedHead
@@ -34,11 +37,16 @@ from labelmill.stages import Fitted
 from labelmill.tracking.model import read_spec
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
-from pydantic import Field
-from torch import Tensor, nn
-
 from workloads.unlearning.methods import FinetuneUnlearner
-from workloads.unlearning.model import Dense, check_classifier, head_start, load_encoder, save_hashes
+from workloads.unlearning.model import (
+    Dense,
+    check_classifier,
+    head_start,
+    load_encoder,
+    package_classes,
+    save_hashes,
+    trained_ids,
+)
 
 FULL = 100  # classes up to which whole distributions are compared
 
@@ -49,8 +57,12 @@ class AuditSection(StrictModel):
     samples: int = Field(2000, ge=10, description="most samples of each kind, drawn by their keys")
     attacks: tuple[str, ...] = Field(tuple(ATTACKS), description="membership inference")
     splits: int = Field(3, ge=1, description="random halves of the unseen samples that the attacks are repeated on")
+    shadows: int = Field(
+        0, ge=0, description="shadow models for the likelihood-ratio attack (unlearning.compare), each costs a training"
+    )
     relearn: TrainConfig | None = Field(
-        None, description="fine-tuning on the forgotten samples until their accuracy is back; `evaluate_every` steps apart"
+        None,
+        description="fine-tuning on the forgotten samples until their accuracy is back; `evaluate_every` steps apart",
     )
     relearn_share: float = Field(0.95, gt=0, le=1, description="of the original's accuracy that counts as back")
 
@@ -69,6 +81,7 @@ class Probe(Objective):
         self.encoder.requires_grad_(False)
         self.head = ShardedHead(spec.num_classes, spec.dim, HeadConfig(normalize=spec.normalized, scale=spec.scale))
         self.k = min(spec.num_classes, FULL)
+        self.ids_C = torch.from_numpy(trained_ids(package_classes(Path(package))).copy())
         self.anchor = nn.Parameter(torch.zeros(1))
 
     @property
@@ -81,8 +94,11 @@ class Probe(Objective):
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         label_B = batch.labels.single_B
-        found = class_probabilities(self.head, self.encoder(batch.inputs), label_B, self.k)
-        return {"label": label_B, "given": found.given_B, "class_id": found.class_id_Bk, "prob": found.prob_Bk}
+        ids_C = self.ids_C.to(label_B.device)
+        row_B = torch.searchsorted(ids_C, label_B).clamp_max(len(ids_C) - 1)
+        row_B = torch.where(ids_C[row_B] == label_B, row_B, -1)  # a removed class has no row
+        found = class_probabilities(self.head, self.encoder(batch.inputs), row_B, self.k)
+        return {"label": label_B, "given": found.given_B, "class_id": ids_C[found.class_id_Bk], "prob": found.prob_Bk}
 
 
 @dataclass(frozen=True)
@@ -92,12 +108,13 @@ class Said:
     answers: Answers
     class_id_NK: np.ndarray
     correct_N: np.ndarray
+    keys: list[str]
 
     def distribution(self, num_classes: int) -> np.ndarray | None:
         """(N, C) in the order of classes; None where only the best are known."""
-        if self.class_id_NK.shape[1] != num_classes:
+        if (self.answers.prob_NK.sum(1) < 0.999).any():
             return None
-        out = np.zeros_like(self.answers.prob_NK)
+        out = np.zeros((len(self.answers), num_classes))
         np.put_along_axis(out, self.class_id_NK, self.answers.prob_NK, axis=1)
         return out / out.sum(1, keepdims=True)
 
@@ -123,7 +140,7 @@ def answers_of(folder: Path, name: str) -> Said:
 
     label_N, class_id_NK = table.column("label").to_numpy(), matrix("class_id")
     found = Answers(label_N, table.column("given").to_numpy().astype(np.float64), matrix("prob").astype(np.float64))
-    return Said(found, class_id_NK, class_id_NK[:, 0] == label_N)
+    return Said(found, class_id_NK, class_id_NK[:, 0] == label_N, table.column("key").to_pylist())
 
 
 def part_of(spec: StreamSpec, most: int, seed: int = 0) -> StreamSpec:
@@ -221,6 +238,36 @@ def audit(
         if other is not None:
             values["zrf"] = zrf(mine, other)
     return values
+
+
+def shadow_attack(
+    said: Mapping[str, Said], shadows: list[Mapping[str, Said]], inside: list[np.ndarray]
+) -> dict[str, float]:
+    """The offline likelihood-ratio attack on forgotten samples against test samples of their classes.
+
+    Args:
+        said: answers of the version.
+        shadows: those of the shadow models about the same sets.
+        inside: for each, which of the forgotten samples it was trained on.
+
+    Returns the area under the curve and the true-positive rate at 1 % false positives, in percent; nothing when some forgotten
+    sample was in every shadow model's training set, or no test sample has one of the classes.
+    """
+    same_N = np.isin(said["test"].answers.label_N, said["forget"].answers.label_N)
+    out_SN = ~np.stack(inside)
+    usable_N = out_SN.any(axis=0)
+    if not usable_N.any() or not same_N.any():
+        return {}
+
+    def confidences(who: Mapping[str, Said]) -> np.ndarray:
+        forget, test = who["forget"].answers.given_N[usable_N], who["test"].answers.given_N[same_N]
+        return logit_confidence(np.concatenate([forget, test]))
+
+    inside_SN = np.concatenate([~out_SN[:, usable_N], np.zeros((len(shadows), int(same_N.sum())), bool)], axis=1)
+    scores_N = lira_scores(confidences(said), np.stack([confidences(s) for s in shadows]), inside_SN, offline=True)
+    count = int(usable_N.sum())
+    area, at_low = roc(scores_N[:count], scores_N[count:])
+    return {"mia_lira_auc": 100 * area, "mia_lira_tpr": 100 * at_low}
 
 
 class _Relearn(FinetuneUnlearner):

@@ -16,6 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest
 from labelmill.data.spec import StreamSpec
@@ -26,10 +30,6 @@ from labelmill.job import StrictModel
 from labelmill.losses.unlearning import alignment, cosine_distance, latent_kl, psi, reconstruction
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
-from pydantic import Field
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from workloads.unlearning.model import Marked, frozen, load_encoder
 
 FIELD = "embedding"
@@ -48,10 +48,14 @@ class LafConfig(StrictModel):
     vae_epochs: float = Field(10.0, gt=0)
     vae_rate: float = Field(1e-3, gt=0)
     vae_batch: int = Field(32, ge=1)
-    unlearn_rate: float = Field(0.5, gt=0, description="learning rate of the unlearning turns, over that of the alignment")
+    unlearn_rate: float = Field(
+        0.5, gt=0, description="learning rate of the unlearning turns, over that of the alignment"
+    )
     temperature: float = Field(20.0, gt=0, description="of the contrast; the authors take 5 (random), 20 (class)")
     repair: TrainConfig | None = Field(None, description="LAF+R: fine-tuning on retained samples, which needs labels")
-    repair_layers: int = Field(1, ge=0, description="LAF+R: how many last layers learn; 0: all (stronger than the authors')")
+    repair_layers: int = Field(
+        1, ge=0, description="LAF+R: how many last layers learn; 0: all (stronger than the authors')"
+    )
 
 
 class Vae(nn.Module):

@@ -11,6 +11,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
 from labelmill.data.keys import key_hashes
 from labelmill.data.stream import Batch
 from labelmill.errors import JobError
@@ -18,10 +22,6 @@ from labelmill.job import StrictModel
 from labelmill.losses.unlearning import dampened, kl_to_teacher, other_label
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Progress
-from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
-
 from workloads.unlearning.laf import LafConfig
 from workloads.unlearning.model import Dense, Marked, frozen
 
@@ -86,7 +86,8 @@ class Scrub(Method):
     maximise: float = Field(0.5, ge=0, le=1, description="share of the training in which it is maximised at all")
     temperature: float = Field(4.0, gt=0)
     rewind: bool = Field(
-        False, description="SCRUB+R: the checkpoint whose D_f error is nearest to that on held-out samples of its classes"
+        False,
+        description="SCRUB+R: the checkpoint whose D_f error is nearest to that on held-out samples of its classes",
     )
 
 
@@ -94,7 +95,9 @@ class Dampening(Method):
     """Selective synaptic dampening by Fisher information, without training (Foster et al., AAAI 2024)."""
 
     kind: Literal["dampening"] = "dampening"
-    alpha: float = Field(10.0, gt=0, description="a weight is dampened where it matters so much more to D_f than to all")
+    alpha: float = Field(
+        10.0, gt=0, description="a weight is dampened where it matters so much more to D_f than to all"
+    )
     lam: float = Field(1.0, gt=0, description="how little of it may stay")
     group: int = Field(1, ge=1, description="samples whose gradient is squared together; 1 is the exact diagonal")
 
@@ -122,7 +125,8 @@ class RemoveClasses(Method):
     """Class rows of forgotten classes end: they can't be answered any more; the encoder stays. For any number of classes."""
 
     kind: Literal["remove_classes"] = "remove_classes"
-    repair: int = Field(0, ge=0, description="steps on retained samples that repair the rows of neighbouring classes")
+    repair: int = Field(0, ge=0, description="steps in which rows of neighbouring classes settle on retained samples")
+    neighbours: int = Field(8, ge=1, description="nearest classes of a removed one whose samples take part in that")
 
 
 MethodConfig = Annotated[

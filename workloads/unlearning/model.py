@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from labelmill import __version__
 from labelmill.data.keys import key_hashes
 from labelmill.data.stream import Batch
@@ -22,9 +27,6 @@ from labelmill.heads.source import open_rows
 from labelmill.tracking.model import ModelSpec, check_file, read_spec, write_model
 from labelmill.training.initial import HeadStart
 from labelmill.training.objective import Objective
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 DENSE_MB = 512.0
 
@@ -41,6 +43,10 @@ class Dense(nn.Module):
     def __init__(self, package: str | Path) -> None:
         super().__init__()
         spec = check_classifier(Path(package))
+        if "trained_id" in package_classes(Path(package)).column_names:
+            raise JobError(
+                f"{package}: classes were removed from this model. Go back to the version before, and ask for both."
+            )
         megabytes = spec.num_classes * spec.dim * 4 / 2**20
         if megabytes > DENSE_MB:
             raise JobError(
@@ -65,7 +71,7 @@ class Dense(nn.Module):
         """Fresh weights, as a new model has them."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder.load_state_dict(build_encoder(self.encoder.config).state_dict())  # type: ignore[arg-type]
+            self.encoder.load_state_dict(build_encoder(self.encoder.config).state_dict())
             with torch.no_grad():
                 self.rows_CD.copy_(torch.randn_like(self.rows_CD) * self.rows_CD.shape[1] ** -0.5)
         return self
@@ -98,7 +104,7 @@ def load_encoder(package: Path, spec: ModelSpec | None = None) -> Any:
 def frozen(module: nn.Module) -> Any:
     """A module that doesn't train: no gradient, evaluation mode for good."""
     module.requires_grad_(False).eval()
-    module.train = lambda mode=True: module  # type: ignore[method-assign, assignment]
+    module.train = lambda mode=True: module  # type: ignore[method-assign]
     return module
 
 
@@ -126,7 +132,7 @@ class Marked(Objective):
         return mark & (batch.weight_B > 0)
 
     def mean(self, loss_B: Tensor, mask_B: Tensor) -> Tensor:
-        """Mean of `loss_B` over the marked samples of all ranks, such that the engine's average over ranks gives it; 0 of none."""
+        """Mean over the marked samples of all ranks, as the engine's average over ranks has it; 0 of none."""
         weight_B = mask_B.to(loss_B.dtype)
         total = self.ranks.sum_(weight_B.sum().detach().clone())
         return (loss_B * weight_B).sum() * self.ranks.world / total.clamp_min(1)
@@ -140,6 +146,19 @@ def save_hashes(keys: Sequence[str], path: Path) -> str:
 
 
 # --- packages -------------------------------------------------------------------------------------------------
+
+
+def package_classes(package: Path) -> pa.Table:
+    """The label space of a package."""
+    with pa.memory_map(str(package / "classes.arrow")) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def trained_ids(classes: pa.Table) -> np.ndarray:
+    """Which class of the training set each row is, int64 (C,), rising: classes that were removed leave gaps."""
+    if "trained_id" not in classes.column_names:
+        return np.arange(classes.num_rows)
+    return classes.column("trained_id").to_numpy()
 
 
 def head_start(package: Path, work: Path) -> HeadStart:
@@ -195,16 +214,13 @@ def write_package(
             except OSError:
                 shutil.copyfile(file, folder / file.name)
     module = build_encoder(spec.encoder, root=parent)
-    import pyarrow as pa
-
-    classes = pa.ipc.open_file(pa.memory_map(str(parent / "classes.arrow"))).read_all()
     write_model(
         folder,
         encoder=module,
         input_kind=spec.input,
         input_shape=spec.shape,
         predictor=spec.predictor,
-        classes=classes,
+        classes=package_classes(parent),
         state={name: encoder[name] for name in module.state_dict()},
         normalized=spec.normalized,
         prior=spec.prior,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from labelmill.data.deletion import unlabelled
 from labelmill.data.mix import Mix
 from labelmill.data.selection import KeepRows
@@ -26,7 +27,6 @@ from labelmill.stages import Fitted
 from labelmill.tracking.model import ModelSpec, read_spec
 from labelmill.training.checkpoint_files import complete, read_dense
 from labelmill.training.config import TrainConfig
-
 from workloads.discrimination.partial_fc import Classifier
 from workloads.unlearning import laf
 from workloads.unlearning.methods import UNLEARNERS, Finetune, LastLayers, Retrain
@@ -62,6 +62,8 @@ def unlearn(
     check_classifier(model)
     _disjoint(retain, forget)
     config: TrainConfig = method.train or budget
+    if isinstance(method, Retrain):
+        config = method.train or recipe(read_spec(model))[1] or budget
     if config.zero_stage == 3:
         raise JobError("unlearning keeps frozen copies of whole models: use zero_stage 0, 1 or 2")
     keys = save_hashes(keys_of(forget), folder / "forget.npy")
@@ -109,7 +111,9 @@ def _disjoint(retain: StreamSpec, forget: StreamSpec) -> None:
     assert isinstance(retain.selection, KeepRows)
     assert isinstance(forget.selection, KeepRows)
     if retain.manifest.digest != forget.manifest.digest:
-        raise JobError("retained and forgotten samples must come from one data set, the one that the model was trained on")
+        raise JobError(
+            "retained and forgotten samples must come from one data set, the one that the model was trained on"
+        )
     for i in range(len(retain.manifest.shards)):
         if (retain.selection.mask(i) & forget.selection.mask(i)).any():
             raise JobError(f"some samples of {retain.manifest.shard_path(i)} are both retained and forgotten")
@@ -133,8 +137,11 @@ def stream_of(
     wanted = round(batch * (few / (few + many) if share is None else share))
     number = max(1, min(wanted, few, batch - 1))
     # an epoch is one of the first part
-    parts, numbers = ((retain, forget), (batch - number, number)) if share is None else ((forget, retain), (number, batch - number))  # fmt: skip
-    return MixedSpec(parts, Mix([float(n) for n in numbers]), batch)
+    if share is None:
+        parts, numbers = (retain, forget), [batch - number, number]
+    else:
+        parts, numbers = (forget, retain), [number, batch - number]
+    return MixedSpec(parts, Mix(numbers), batch)
 
 
 # --- retraining -------------------------------------------------------------------------------------------------

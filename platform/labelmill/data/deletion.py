@@ -232,7 +232,7 @@ def _gone(manifest: Manifest, forget: KeepRows) -> tuple[int, ...] | None:
 
 def unlabelled(manifest: Manifest) -> Manifest:
     """The same samples without labels: no stream of it reads a label, so none can reach a method."""
-    bare = {"label": LabelSpec(form="none"), "classes": None, "classes_sha256": None}
+    bare: dict[str, Any] = {"label": LabelSpec(form="none"), "classes": None, "classes_sha256": None}
     if any(shard.labels for shard in manifest.shards):
         plain = {"labels": None, "labels_sha256": None}
         bare["shards"] = tuple(shard.model_copy(update=plain) for shard in manifest.shards)

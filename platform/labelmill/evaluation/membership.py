@@ -55,7 +55,9 @@ Scorer = Callable[[Answers, Answers, np.ndarray, int], Callable[[Answers], np.nd
 """Fits on (members, non-members, weights of both, seed); gives bool "is a member" for answers."""
 
 
-def _loss_threshold(members: Answers, others: Answers, weight: np.ndarray, seed: int) -> Callable[[Answers], np.ndarray]:
+def _loss_threshold(
+    members: Answers, others: Answers, weight: np.ndarray, seed: int
+) -> Callable[[Answers], np.ndarray]:
     """Yeom et al., Privacy Risk in Machine Learning (CSF 2018): a member has a small loss; the best threshold."""
     loss = np.concatenate([members.loss_N, others.loss_N])
     signed = np.concatenate([weight[: len(members)], -weight[len(members) :]])
@@ -145,7 +147,9 @@ def logit_confidence(given_N: np.ndarray) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
-def lira_scores(target_N: np.ndarray, shadow_SN: np.ndarray, inside_SN: np.ndarray) -> np.ndarray:
+def lira_scores(
+    target_N: np.ndarray, shadow_SN: np.ndarray, inside_SN: np.ndarray, offline: bool = False
+) -> np.ndarray:
     """Likelihood-ratio scores (N,), larger for members, from shadow models.
 
     Carlini et al., Membership Inference Attacks From First Principles (S&P 2022). ln N(c; in) - ln N(c; out) for samples that
@@ -156,6 +160,7 @@ def lira_scores(target_N: np.ndarray, shadow_SN: np.ndarray, inside_SN: np.ndarr
         target_N: `logit_confidence` of the model under attack.
         shadow_SN: the same of the shadow models.
         inside_SN: bool, whether a shadow model was trained on the sample.
+        offline: the offline attack for all samples, which makes scores of seen and of unseen ones comparable.
 
     Raises ValueError for a sample that every shadow model saw.
     """
@@ -175,7 +180,8 @@ def lira_scores(target_N: np.ndarray, shadow_SN: np.ndarray, inside_SN: np.ndarr
     from scipy.stats import norm
 
     ratio_N = norm.logpdf(target_N, in_N, in_sd) - norm.logpdf(target_N, out_N, out_sd)
-    return np.where(inside_SN.any(axis=0), ratio_N, -norm.logsf(target_N, out_N, out_sd))
+    tail_N = -norm.logsf(target_N, out_N, out_sd)
+    return tail_N if offline else np.where(inside_SN.any(axis=0), ratio_N, tail_N)
 
 
 def roc(member_scores: np.ndarray, other_scores: np.ndarray, at_fpr: float = 0.01) -> tuple[float, float]:

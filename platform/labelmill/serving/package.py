@@ -43,12 +43,12 @@ def cache_folder() -> Path:
 def fetch_package(config: TrackingConfig, output: str | Path, ref: str) -> tuple[ModelVersion, Path]:
     """The version a reference means, and its package (tracking/model.py) as a local folder.
 
-    Raises TrackingError for an unknown reference, or a version that labelmill didn't log, DataError for a package that
-    isn't what was registered.
+    Raises TrackingError for an unknown reference, a revoked version, or one that labelmill didn't log, DataError for a
+    package that isn't what was registered.
     """
     store = Store.of(config, output)
     with client_env(store) as client:
-        version = registry.resolve(config, output, ref)
+        version = registry.usable(registry.resolve(config, output, ref))
         uri = client.get_model_version_download_uri(version.name, str(version.version))
         place = urlsplit(uri)
         if place.scheme in ("", "file"):

@@ -21,6 +21,7 @@ from labelmill.tracking.registry import (
     CHAMPION,
     CHAMPIONS,
     PREVIOUS,
+    REVOKED,
     ModelVersion,
     champions,
     crown,
@@ -99,7 +100,8 @@ def rollback(config: TrackingConfig, output_dir: str | Path, name: str) -> tuple
             past.pop()
         elif PREVIOUS in model.aliases:  # the alias was moved by other hands: the list is no longer the truth
             past = [int(model.aliases[PREVIOUS])]
-        alive = {int(v.version) for v in client.search_model_versions(f"name = '{name}'")}
+        versions = client.search_model_versions(f"name = '{name}'")
+        alive = {int(v.version) for v in versions if REVOKED not in v.tags}
         past = [version for version in past if version in alive and version != fallen]
         if not past:
             raise TrackingError(f"registered model {name!r}: no champion before version {fallen} to go back to.")
@@ -113,6 +115,41 @@ def rollback(config: TrackingConfig, output_dir: str | Path, name: str) -> tuple
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         client.set_model_version_tag(name, str(fallen), "labelmill.rolled_back", f"{when} to version {back}")
     return fallen, back
+
+
+def revoke(
+    config: TrackingConfig, output_dir: str | Path, ref: str, champion: str | int | None = None, why: str = ""
+) -> tuple[ModelVersion, int | None]:
+    """Takes a version out of use for good: it is refused for prediction, serving and promotion. Its files stay.
+
+    `champion` (a version or alias of the same model) becomes the champion first, in one call of the registry: at no moment
+    is a revoked version the champion. The same call finishes what was killed. Aliases of the revoked version go.
+
+    Returns (the version, the champion now). Raises TrackingError for an unknown reference, a champion that was
+    revoked itself, or a version that is the champion when no other is named.
+    """
+    with client_env(Store.of(config, output_dir)) as client:
+        old = load_version(client, ref)
+        name = old.name
+        if champion is not None:
+            wanted = str(champion)
+            new = load_version(client, f"{name}/{wanted}" if wanted.isdigit() else f"{name}@{wanted}")
+            if new.version == old.version:
+                raise TrackingError(f"{name}/{old.version} can't be revoked and be the champion as well.")
+            crown(client, name, new.version)
+        aliases = {alias: int(v) for alias, v in client.get_registered_model(name).aliases.items()}
+        if aliases.get(CHAMPION) == old.version:
+            raise TrackingError(
+                f"{name}/{old.version} is the champion: name the version that takes its place "
+                f"(labelmill models revoke {name}/{old.version} --champion VERSION)."
+            )
+        if not old.revoked:
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            client.set_model_version_tag(name, str(old.version), REVOKED, f"{when} {why}".strip())
+        for alias, version in aliases.items():
+            if version == old.version:
+                client.delete_registered_model_alias(name, alias)
+        return load_version(client, f"{name}/{old.version}"), aliases.get(CHAMPION)
 
 
 # --- comparison and lineage -----------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 CHAMPIONS = "labelmill.champions"
 """Tag of a registered model: the versions that were champion, oldest first."""
 _PARENTS = "labelmill.parents"
+REVOKED = "labelmill.revoked"
+"""Tag of a version that must not answer any more: when and why."""
 _REFERENCE = re.compile(r"(?P<name>[^@/:]+)(?:@(?P<alias>[^@/:]+)|/(?P<version>\d+))?")
 
 
@@ -79,6 +81,11 @@ class ModelVersion:
     def parents(self) -> tuple[str, ...]:
         """The models it was made from, as `NAME/VERSION`."""
         return tuple(json.loads(self.tags.get(_PARENTS, "[]")))
+
+    @property
+    def revoked(self) -> str:
+        """When and why it was revoked; empty if it wasn't."""
+        return self.tags.get(REVOKED, "")
 
     @property
     def uri(self) -> str:
@@ -226,6 +233,7 @@ def crown(client: MlflowClient, name: str, version: int) -> None:
     former = model.aliases.get(CHAMPION)
     if former is not None and int(former) == version:
         return
+    usable(_resolve(client, f"{name}/{version}"))
     if former is not None:
         # first: whatever happens between the two, the old champion stays reachable
         client.set_registered_model_alias(name, PREVIOUS, str(former))
@@ -235,6 +243,16 @@ def crown(client: MlflowClient, name: str, version: int) -> None:
         past.append(int(former))
     # a tag holds 5,000 characters; nobody goes back further than this
     client.set_registered_model_tag(name, CHAMPIONS, " ".join(map(str, [*past, version][-100:])))
+
+
+def usable(version: ModelVersion) -> ModelVersion:
+    """The version. Raises TrackingError when it was revoked."""
+    if version.revoked:
+        raise TrackingError(
+            f"{version.name}/{version.version} was revoked ({version.revoked}) and answers no more. `labelmill models show "
+            f"{version.name}` lists the others."
+        )
+    return version
 
 
 def champions(model: Any) -> list[int]:
@@ -282,7 +300,7 @@ def predict(
     if not values:
         raise DataError("there is nothing to predict: give at least one input")
     with client_env(Store.of(config, output_dir)) as client:
-        version = _resolve(client, ref)
+        version = usable(_resolve(client, ref))
         path = list(sys.path)
         folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri)
         check_logged(Path(folder), version.tags, version.uri)

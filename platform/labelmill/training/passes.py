@@ -51,7 +51,7 @@ def _shared(value: Any) -> Any:
     return ray.put(value) if ray.is_initialized() else value
 
 
-def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
+def run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: Progress) -> list[Any]:
     """Runs (function, arguments) pairs as tasks; results in order. Raises UserError kinds as they are."""
     import ray
 
@@ -73,9 +73,6 @@ def _run_tasks(calls: list[tuple[Any, tuple[Any, ...]]], cpus: float, progress: 
         for ref in waiting:
             ray.cancel(ref, force=True)
         raise user_error_in(error) or error from None
-
-
-run_tasks = _run_tasks  # for passes that other modules define
 
 
 def _embed_shard(
@@ -117,7 +114,7 @@ def embed_shards(
     shared = _shared(weights)
     todo = [i for i in range(len(manifest.shards)) if not embedding_file(folder, i).is_file()]
     calls = [(_embed_shard, (manifest, i, encoder, shared, max_bad, embedding_file(folder, i))) for i in todo]
-    bad = [item for items in _run_tasks(calls, cpus, progress) for item in items]
+    bad = [item for items in run_tasks(calls, cpus, progress) for item in items]
     if len(bad) > max_bad:
         raise DataError(f"data set {manifest.name!r}: {len(bad)} undecodable samples, the job allows {max_bad}.")
     return bad
@@ -165,7 +162,7 @@ def spherical_kmeans(
     del units
     for number in range(passes):
         shared = _shared(centres_KD)
-        results = _run_tasks([(_accumulate_file, (path, shared)) for path in files], cpus, lambda done, of: None)
+        results = run_tasks([(_accumulate_file, (path, shared)) for path in files], cpus, lambda done, of: None)
         sums, counts = results[0][0].clone(), results[0][1].clone()
         for more_sums, more_counts, _ in results[1:]:
             sums += more_sums
@@ -193,7 +190,7 @@ def assign_nearest(
     """The `nearest` centres of every sample, most similar first: a label table (key, label) a shard."""
     shared = _shared(centres_KD)
     calls = [(_assign_file, (embedding_file(folder, i), shared, nearest)) for i in range(len(manifest.shards))]
-    for i, ids_NL in enumerate(_run_tasks(calls, cpus, progress)):
+    for i, ids_NL in enumerate(run_tasks(calls, cpus, progress)):
         keys = read_shard(manifest, i).column("key")
         if nearest == 1:
             labels: pa.Array = pa.array(ids_NL[:, 0].numpy())

@@ -89,12 +89,12 @@ def fit_table(
 def unified_embedding(job: UnifiedJob, run: Run) -> None:
     train, test = job.data.open()
     features = FeatureSet(features=job.features)
-    options = {"field": job.field, "seed": job.seed}
+    options: dict[str, Any] = {"field": job.field, "seed": job.seed}
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
     values = run.stage("count", count, train=train, field=job.field, features=features)
-    look = {"global_batch": job.eval_batch, "shuffle": False, **options}
-    fits = {}
+    look: dict[str, Any] = {"global_batch": job.eval_batch, "shuffle": False, **options}
+    fits: dict[str, Stage] = {}
     for sharing in (job.table.sharing, *(s for s in job.compare if s != job.table.sharing)):
         fits[sharing] = run.stage(
             f"fit-{sharing}",

@@ -109,8 +109,8 @@ def unified_embedding(job: UnifiedJob, run: Run) -> None:
             config=job.train,
             seed=job.seed,
         )
-    for number, (sharing, fit) in enumerate(fits.items()):
-        report_training(run, Fitted(fit.folder), fit["seconds"], "" if number == 0 else sharing)
+    for number, (name, fit) in enumerate(fits.items()):
+        report_training(run, Fitted(fit.folder), fit["seconds"], "" if number == 0 else name)
         run.report_data_health(Fitted(fit.folder))
     report_tables(run, fits, train.label.num_classes or 0)
     vocabulary = values["vocabulary"]

@@ -34,7 +34,7 @@ slow: env  ## the tests that `make test` leaves out: faults on clusters of sever
 walkthrough: env  ## the walk-through of cluster/README.md, on two hosts of this machine (root)
 	@$(BIN)/python ci/walkthrough.py
 
-experiments: env fashion-mnist  ## the recorded experiments (long)
+experiments: env fashion-mnist extreme-data  ## the recorded experiments (long)
 	@ci/experiments.sh
 
 clean:  ## remove the environment and caches; runs and data stay

@@ -133,14 +133,14 @@ def test_a_thousand_steps_with_stabilisation() -> None:
 
 
 def two_losses(rank: int, world: int) -> list[list[Tensor]]:
-    return [factored_run(rank, world, index, 25, 2, 0.01, 5) for index in (0, 2)]
+    return [factored_run(rank, world, index, 15, 2, 0.01, 5) for index in (0, 2)]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3])
 def test_sharded_is_one_rank(world: int) -> None:
     parts = spawn(two_losses, world)
     for place, index in enumerate((0, 2)):
-        alone = factored_run(0, 1, index, 25, 2, 0.01, 5)
+        alone = factored_run(0, 1, index, 15, 2, 0.01, 5)
         ranks = [part[place] for part in parts]
         torch.testing.assert_close(torch.cat([r[1] for r in ranks]), alone[1], rtol=1e-9, atol=1e-11)
         for rank in ranks:

@@ -28,7 +28,7 @@ from labelmill.heads.factored import FactoredConfig, FactoredHead
 from labelmill.heads.sharded import ShardedHead
 from labelmill.reporting import report_training
 from labelmill.run import Run
-from labelmill.stages import Fitted
+from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Losses, Objective
 from labelmill.workload import workload
@@ -164,7 +164,9 @@ def spherical(job: SphericalJob, run: Run) -> None:
         "bias": job.bias,
         "k": job.ranking.most,
     }
-    fits = {job.factored.loss.kind: run.stage("fit", fit_rows, head=job.factored, config=job.train, **inputs)}
+    fits: dict[str, Stage] = {
+        job.factored.loss.kind: run.stage("fit", fit_rows, head=job.factored, config=job.train, **inputs)
+    }
     if job.compare:
         rate = job.compare_learning_rate or job.train.learning_rate
         config = job.train.model_copy(update={"learning_rate": rate})

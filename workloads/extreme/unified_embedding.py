@@ -89,12 +89,12 @@ def fit_table(
 def unified_embedding(job: UnifiedJob, run: Run) -> None:
     train, test = job.data.open()
     features = FeatureSet(features=job.features)
-    options = {"field": job.field, "seed": job.seed}
+    options: dict[str, Any] = {"field": job.field, "seed": job.seed}
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
     values = run.stage("count", count, train=train, field=job.field, features=features)
-    look = {"global_batch": job.eval_batch, "shuffle": False, **options}
-    fits = {}
+    look: dict[str, Any] = {"global_batch": job.eval_batch, "shuffle": False, **options}
+    fits: dict[str, Stage] = {}
     for sharing in (job.table.sharing, *(s for s in job.compare if s != job.table.sharing)):
         fits[sharing] = run.stage(
             f"fit-{sharing}",
@@ -109,8 +109,8 @@ def unified_embedding(job: UnifiedJob, run: Run) -> None:
             config=job.train,
             seed=job.seed,
         )
-    for number, (sharing, fit) in enumerate(fits.items()):
-        report_training(run, Fitted(fit.folder), fit["seconds"], "" if number == 0 else sharing)
+    for number, (name, fit) in enumerate(fits.items()):
+        report_training(run, Fitted(fit.folder), fit["seconds"], "" if number == 0 else name)
         run.report_data_health(Fitted(fit.folder))
     report_tables(run, fits, train.label.num_classes or 0)
     vocabulary = values["vocabulary"]

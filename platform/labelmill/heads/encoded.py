@@ -14,7 +14,7 @@ embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,24 @@ class EncodedHead(ShardedHead):
         if config.sample_rate < 1 or config.sub_centres > 1 or config.shards or config.rows_dtype != "fp32":
             raise ValueError("an encoded head takes all labels, one row each, split over all ranks, in fp32")
         super().__init__(num_classes, dim, config, seed, group, device, dtype)
-        self.retrieval = loss
+        self.retrieval, self._given = loss, False
 
     def _first_rows(self) -> ClassRows:
-        return self._rows_from(torch.zeros(self.stop - self.start, self.dim, dtype=self.dtype))
+        # pages of memory that nobody has written to take none
+        return self._rows_from(torch.empty(self.stop - self.start, self.dim, dtype=self.dtype))
 
     def _rows_from(self, rows_CD: Tensor) -> ClassRows:
         return ClassRows(rows_CD, self.config.optimizer, self.config.normalize, self.dtype, False, self.seed)
+
+    def topk(self, emb_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `ShardedHead.topk`. Raises RuntimeError before any rows were given or loaded."""
+        if not self._given:
+            raise RuntimeError("the labels have not been encoded yet: give_rows comes first")
+        return super().topk(emb_BD, k)
+
+    def take_notes(self, notes: Mapping[str, Any]) -> None:
+        super().take_notes(notes)
+        self._given = True
 
     def give_rows(self, rows_CD: Tensor) -> None:
         """Own labels' embeddings (C, D), kept without a copy. Raises ValueError for another shape or type."""
@@ -92,6 +103,7 @@ class EncodedHead(ShardedHead):
             raise ValueError(f"rows {tuple(rows_CD.shape)} of {rows_CD.dtype}: needed are {wanted} of {self.dtype}")
         # another object each time: a pass that is still to be differentiated keeps the rows it has seen
         self.rows = self._drawing.rows = self._rows_from(rows_CD)
+        self._given = True
 
     def encoded_loss(
         self, emb_BD: Tensor, rows_CD: Tensor, labels: Labels | Tensor, target_BP: Tensor | None, weight_B: Tensor

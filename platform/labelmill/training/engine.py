@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from labelmill.data.stream import Batch
 from labelmill.heads.traffic import waiting
-from labelmill.training.adamw import AdamW
+from labelmill.training.adamw import AdamW, import_muon_plain
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import quiet_deepspeed
 from labelmill.training.objective import Losses, Objective
@@ -54,6 +54,8 @@ class Engine:
         self.world = dist.get_world_size()
         # one rank has nothing to partition: the same numbers without ZeRO's copies of the gradients (bf16 needs them)
         self.stage = 0 if self.world == 1 and config.precision == "fp32" else config.zero_stage
+        if self.stage:
+            import_muon_plain()
         module = _Step(objective)
         decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]

@@ -420,7 +420,11 @@ def rcal() -> None:
 
 TAKEN_FOR = {0: 6, 2: 4, 3: 4}
 SIZES: dict[str, dict[str, Any]] = {
-    "linear": {"encoder": MLP_INPUT | {"kind": "pixels"}, "head__normalize": False, "head__scale": 1.0},
+    "linear": {
+        "encoder": MLP_INPUT | {"kind": "linear", "in_dim": 784, "dim": 64},
+        "head__normalize": False,
+        "head__scale": 1.0,
+    },
     "mlp-64": {"encoder": MLP_INPUT | {"kind": "mlp", "hidden": [], "dim": 64}},
     "mlp-512x2": {"encoder": MLP_INPUT | {"kind": "mlp", "hidden": [512], "dim": 512}},
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from labelmill.data.config import StreamConfig
@@ -20,10 +21,39 @@ from labelmill.losses.classification import Softmax
 from labelmill.run import Run, execute
 from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig, TrainJob
+from labelmill.training.objective import Objective
 from labelmill.training.passes import load_embeddings
 from workloads.noisy.ldr import RobustClassifier
 
 ENCODER = CharNgramsConfig(dim=8, buckets=256, hidden=8)
+
+
+class Nothing(Objective):
+    """No weights at all."""
+
+    def prepare(self, raw: Any, labels: Any, rng: Any) -> torch.Tensor:
+        return torch.zeros(len(raw), 1)
+
+
+def job_of(tmp_path: Path) -> TrainJob:
+    return TrainJob(
+        workload="w",
+        name="j",
+        output=tmp_path / "runs",
+        tracking=TrackingConfig(system_metrics=False),
+        cluster=ClusterConfig(in_process=True),
+        train=TrainConfig(global_batch=30, epochs=20, learning_rate=0.02),
+    )
+
+
+def test_an_encoder_without_weights_cannot_be_trained(make_text_data: Callable[..., Manifest], tmp_path: Path) -> None:
+    stream = StreamConfig().stream(make_text_data(30, 30, classes=3), "text", 30)
+
+    def method(job: TrainJob, run: Run) -> None:
+        run.fit(tmp_path / "fit", Nothing, stream, job.train)
+
+    with pytest.raises(JobError, match="the encoder has no weights"):
+        execute(job_of(tmp_path), method, console=Console(file=io.StringIO()))
 
 
 def test_fits_and_passes_run_here(
@@ -57,15 +87,7 @@ def test_fits_and_passes_run_here(
         losses = [record["train/loss"] for record in fitted.history]
         run.report.metrics["fell"] = losses[0] - losses[-1]
 
-    job = TrainJob(
-        workload="w",
-        name="j",
-        output=tmp_path / "runs",
-        tracking=TrackingConfig(system_metrics=False),
-        cluster=ClusterConfig(in_process=True),
-        train=TrainConfig(global_batch=30, epochs=20, learning_rate=0.02),
-    )
-    report = execute(job, method, console=Console(file=io.StringIO()))
+    report = execute(job_of(tmp_path), method, console=Console(file=io.StringIO()))
     assert report.metrics["fell"] > 0.1
 
 

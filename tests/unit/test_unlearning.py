@@ -39,7 +39,7 @@ from workloads.unlearning import methods as m
 from workloads.unlearning.laf import Laf, LafConfig, Vae, write_embeddings
 from workloads.unlearning.model import Dense, save_hashes
 from workloads.unlearning.remove import drop_rows, neighbours
-from workloads.unlearning.unlearn import stream_of, unlearn
+from workloads.unlearning.unlearn import keys_of, same_classes, stream_of, unlearn
 
 DIM, WIDTH, CLASSES = 4, 6, 5
 
@@ -147,8 +147,6 @@ Make = Callable[..., Any]
 @pytest.fixture
 def make(package: Path, streams: tuple[StreamSpec, StreamSpec], tmp_path: Path) -> Make:
     """An objective of a method, at its start, and a batch of 16 retained and 4 forgotten samples."""
-    from workloads.unlearning.unlearn import keys_of
-
     keys = save_hashes(keys_of(streams[1]), tmp_path / "forget.npy")
 
     def build(config: Any, classes: tuple[int, ...] = (2,)) -> tuple[Any, Batch]:
@@ -328,6 +326,14 @@ def test_batches_hold_fixed_numbers_of_both(streams: tuple[StreamSpec, StreamSpe
         stream_of(*streams, (True, True), 1)
 
 
+def test_held_out_samples_are_of_the_forgotten_classes(streams: tuple[StreamSpec, StreamSpec]) -> None:
+    retain, forget = streams
+    whole = replace(retain, selection=None)
+    found = same_classes(whole, forget)
+    assert found.epoch_samples == 10
+    assert keys_of(found) == keys_of(forget)
+
+
 def test_overlapping_sets_and_wrong_models_are_refused(
     streams: tuple[StreamSpec, StreamSpec], package: Path, tmp_path: Path
 ) -> None:
@@ -357,8 +363,6 @@ def test_overlapping_sets_and_wrong_models_are_refused(
 
 @pytest.fixture
 def laf(package: Path, streams: tuple[StreamSpec, StreamSpec], tmp_path: Path) -> tuple[Laf, Batch]:
-    from workloads.unlearning.unlearn import keys_of
-
     config = LafConfig(latent=2, temperature=5.0)
     for name in ("all", "forget"):
         torch.manual_seed(len(name))

@@ -43,10 +43,7 @@ class Dense(nn.Module):
     def __init__(self, package: str | Path) -> None:
         super().__init__()
         spec = check_classifier(Path(package))
-        if "trained_id" in package_classes(Path(package)).column_names:
-            raise JobError(
-                f"{package}: classes were removed from this model. Go back to the version before, and ask for both."
-            )
+        check_whole(Path(package))
         megabytes = spec.num_classes * spec.dim * 4 / 2**20
         if megabytes > DENSE_MB:
             raise JobError(
@@ -90,6 +87,14 @@ def check_classifier(package: Path) -> ModelSpec:
     if spec.label_form != "single":
         raise JobError(f"{package}: trained on labels of form {spec.label_form}; unlearning takes one class a sample.")
     return spec
+
+
+def check_whole(package: Path) -> None:
+    """Raises JobError for a model that classes were removed from: its rows aren't those of the training set's classes."""
+    if "trained_id" in package_classes(package).column_names:
+        raise JobError(
+            f"{package}: classes were removed from this model. Go back to the version before, and ask for both at once."
+        )
 
 
 def load_encoder(package: Path, spec: ModelSpec | None = None) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from labelmill.data.choose import keep_classes, keep_keys
 from labelmill.data.deletion import unlabelled
 from labelmill.data.mix import Mix
 from labelmill.data.selection import KeepRows
@@ -30,7 +31,7 @@ from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier
 from workloads.unlearning import laf
 from workloads.unlearning.methods import UNLEARNERS, Finetune, LastLayers, Retrain
-from workloads.unlearning.model import check_classifier, save_hashes, write_package
+from workloads.unlearning.model import check_classifier, check_whole, save_hashes, write_package
 
 
 def unlearn(
@@ -60,6 +61,8 @@ def unlearn(
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_classifier(model)
+    if not isinstance(method, laf.LafConfig):  # which touches no row
+        check_whole(model)
     _disjoint(retain, forget)
     config: TrainConfig = method.train or budget
     if isinstance(method, Retrain):
@@ -194,7 +197,10 @@ def _laf(
     run.progress.line("labels are dropped: the method doesn't see them")
     # the masks were made with labels and say nothing of them
     u, s = replace(forget, manifest=bare), replace(retain, manifest=bare)
-    whole = replace(s, selection=None, shuffle=False, global_batch=1024)
+    both = (retain.selection.mask(i) | forget.selection.mask(i) for i in range(len(bare.shards)))  # type: ignore[union-attr]
+    folder.mkdir(parents=True, exist_ok=True)
+    all_rows = KeepRows.of(both, bare.digest).save(str((folder / "all.arrow").resolve()))
+    whole = replace(s, selection=all_rows, shuffle=False, global_batch=1024)
     stream = stream_of(s, u, (True, True), config.global_batch, share=0.5)
     seconds = 0.0
     data = laf.embed(run, folder / "embed", model, whole, config)
@@ -234,8 +240,6 @@ def _laf(
 
 def _among(data: Any, forget: StreamSpec) -> KeepRows:
     """The forgotten samples' rows of the embeddings, by key."""
-    from labelmill.data.choose import keep_keys
-
     return keep_keys(data, keys_of(forget))
 
 
@@ -252,9 +256,23 @@ def _rewound(
         {k.removeprefix("model."): v for k, v in read_dense(path).items() if k.startswith("model.")}
         for path in complete(folder / "fit" / "checkpoints")
     ]
-    wanted = error_of(model, last, held_out)
+    wanted = error_of(model, last, same_classes(held_out, forget))
     errors = [error_of(model, state, forget) for state in states]
     chosen = rewind(errors, wanted)
     shown = ", ".join(f"{e:.3f}" for e in errors)
     run.progress.line(f"rewind: errors on the forgotten samples {shown}; held-out {wanted:.3f}: number {chosen + 1}")
     return states[chosen]
+
+
+def same_classes(held_out: StreamSpec, forget: StreamSpec) -> StreamSpec:
+    """The held-out samples of the forgotten ones' classes. Raises DataError when there are none."""
+    assert isinstance(forget.selection, KeepRows)
+    found = set[int]()
+    for i in range(len(forget.manifest.shards)):
+        label_B = read_labels(forget.manifest, i).column("label").to_numpy()
+        found |= set(label_B[forget.selection.mask(i)].tolist())
+    mask = keep_classes(held_out.manifest, found)
+    if not isinstance(held_out.selection, KeepRows):
+        return replace(held_out, selection=mask)
+    both = (mask.mask(i) & held_out.selection.mask(i) for i in range(len(mask.shard_samples)))
+    return replace(held_out, selection=KeepRows.of(both, mask.data))

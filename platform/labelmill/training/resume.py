@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from labelmill.errors import DataError, JobError
+from labelmill.errors import DataError
 from labelmill.training.checkpoint import gather, restore
 from labelmill.training.checkpoint_copies import Copies, newest
 from labelmill.training.checkpoint_files import (
@@ -107,10 +107,6 @@ def _open(
         error = failed
     if any(gather(error is not None)):  # no rank may enter the engine's collectives alone
         raise error or DataError(f"{found}: another worker could not read this checkpoint; see its error.")
-    if not any(parameter.requires_grad for parameter in objective.parameters()):
-        raise JobError(
-            "nothing to train beside the class rows: the encoder has no weights (kind pixels). Take one that has, such as linear."
-        )
     engine = Engine(objective, task.config, device)
     lap("build model")
     position = _position(task, engine, objective, found, progress)

@@ -112,6 +112,7 @@ def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(*args, **more)
 
     monkeypatch.setattr(teachers, "teach_shard", once)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # here, also where another test has started Ray
     with pytest.raises(KeyboardInterrupt):
         run_teacher(tmp_path / "out", data, model)
     with pytest.raises(DataError, match=r"no finished outputs .*outputs\.json is missing"):

@@ -12,17 +12,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from labelmill.data.config import StreamConfig
+from labelmill.data.config import DataConfig, StreamConfig
+from labelmill.data.importers import import_table
 from labelmill.data.manifest import Manifest
 from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import JobError
+from labelmill.heads.config import HeadConfig
 from labelmill.job import ClusterConfig, TrackingConfig, validate_section
-from labelmill.losses.classification import Softmax
+from labelmill.losses.classification import MultiSoftmax, Softmax
 from labelmill.run import Run, execute
 from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Objective
 from labelmill.training.passes import load_embeddings
+from workloads.discrimination.partial_fc import PartialFCJob, partial_fc, ranked_classes
 from workloads.noisy.ldr import RobustClassifier
 
 ENCODER = CharNgramsConfig(dim=8, buckets=256, hidden=8)
@@ -95,3 +98,34 @@ def test_fits_and_passes_run_here(
 def test_in_process_is_one_worker_alone(other: dict[str, Any]) -> None:
     with pytest.raises(JobError, match="in_process trains in the calling process alone"):
         validate_section({"in_process": True, **other}, ClusterConfig, "job")
+
+
+def test_samples_of_several_labels_are_kept_to_the_widest(tmp_path: Path) -> None:
+    """Batches of a prediction differ in how many labels a sample has at most."""
+    colours = ("red", "green", "blue", "pink")
+    rows = [[colours[i % 4], *([colours[(i + 1) % 4], colours[(i + 2) % 4]] if i == 39 else [])] for i in range(40)]
+    table = tmp_path / "table.csv"
+    table.write_text("key,text,tags\n" + "".join(f"k{i:02d},{' '.join(r)},{'|'.join(r)}\n" for i, r in enumerate(rows)))
+    columns = {"text_column": "text", "label_column": "tags", "key_column": "key"}
+    import_table(table, tmp_path / "data", label_form="multi", separator="|", **columns)  # type: ignore[arg-type]
+    job = PartialFCJob(
+        workload="discrimination.partial_fc",
+        name="j",
+        output=tmp_path / "runs",
+        tracking=TrackingConfig(system_metrics=False),
+        cluster=ClusterConfig(in_process=True),
+        data=DataConfig(train=str(tmp_path / "data"), test=str(tmp_path / "data")),
+        encoder=ENCODER,
+        head=HeadConfig(loss=MultiSoftmax()),
+        train=TrainConfig(global_batch=20, epochs=2),
+        eval_batch=4,
+    )
+    kept: list[tuple[int, ...]] = []
+
+    def method(job: PartialFCJob, run: Run) -> None:
+        partial_fc.run(job, run)
+        kept.extend(tuple(sorted(row)) for row in ranked_classes(run.stages[0])[2].tolist())
+
+    execute(job, method, console=Console(file=io.StringIO()))
+    assert sorted(len([label for label in row if label >= 0]) for row in kept) == [1] * 39 + [3]
+    assert {len(row) for row in kept} == {3}

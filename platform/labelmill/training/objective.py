@@ -79,5 +79,9 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Per-sample outputs by name, each (B, ...). Collective: every rank calls it equally often."""
+        """Per-sample outputs by name, each (B, ...). Collective: every rank calls it equally often.
+
+        Integer matrices may differ in width from batch to batch (labels of samples that have several); they are kept with -1
+        behind the shorter ones.
+        """
         raise NotImplementedError

@@ -317,10 +317,20 @@ def _export(task: FitTask, engine: Engine, rank: int) -> None:
 
 
 def _write_predictions(folder: Path, columns: dict[str, list], rank: int) -> None:
-    """One Parquet file a rank; matrices become fixed-size lists."""
+    """One Parquet file a rank; matrices become fixed-size lists, all of one width (see `Objective.predict`)."""
     arrays: dict[str, pa.Array] = {}
+    widths = gather(
+        {
+            name: max(v.shape[1] for v in values)
+            for name, values in columns.items()
+            if values and isinstance(values[0], torch.Tensor) and values[0].ndim == 2 and not values[0].is_floating_point()
+        }
+    )
     for name, values in columns.items():
         if values and isinstance(values[0], torch.Tensor):
+            wide = max((known[name] for known in widths if name in known), default=None)
+            if wide is not None:
+                values = [torch.nn.functional.pad(v, (0, wide - v.shape[1]), value=-1) for v in values]
             joined = torch.cat(values).numpy()
             if joined.ndim == 1:
                 arrays[name] = pa.array(joined)

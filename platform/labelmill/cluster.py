@@ -127,17 +127,24 @@ def start(cluster: ClusterConfig, log_to_driver: bool = False) -> None:
         return
     # an own cluster must not grow beyond what a laptop spares: 30 % of memory is Ray's default, 2 GiB ours
     store = (cluster.object_store_mb or 1024) << 20
+    options = {
+        "num_cpus": os.cpu_count(),
+        "include_dashboard": False,
+        "log_to_driver": log_to_driver,
+        "logging_level": logging.ERROR,
+        "object_store_memory": store,
+        # Ray puts sockets below it, and a socket's path may have 107 bytes
+        "_temp_dir": "/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
+    }
     with _locked():
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=log_to_driver,
-            logging_level=logging.ERROR,
-            object_store_memory=store,
-            # Ray puts sockets below it, and a socket's path may have 107 bytes
-            _temp_dir="/tmp/ray" if len(tempfile.gettempdir()) > _LONGEST_TEMP else None,
-        )
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a machine full of other work can take longer than
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            ray.init(address="local", **options)
 
 
 def check_resources(cluster: ClusterConfig) -> None:

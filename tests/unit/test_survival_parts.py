@@ -206,3 +206,25 @@ def test_a_short_reason() -> None:
     assert attempt._short(RuntimeError("Training failed due to worker errors:\n x\nrank 1 died")) == (
         "RuntimeError: rank 1 died"
     )
+
+
+def test_a_start_of_ray_that_took_too_long_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from labelmill.cluster import start
+    from labelmill.job import ClusterConfig
+
+    texts = ["The current node timed out during startup. This could happen because ...", "", "The ports are taken."]
+
+    def init(**_: object) -> None:
+        text = texts.pop(0)
+        if text:
+            raise Exception(text)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    start(ClusterConfig())
+    assert len(texts) == 1
+    with pytest.raises(Exception, match="ports are taken"):
+        start(ClusterConfig())

@@ -56,6 +56,12 @@ def package(folder: Path, names: list[str] = NAMES, big: float = 1.0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes run here, shard after shard, also where another test has started Ray."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
 def here() -> Any:
     """A run that trains in its own process."""
     return SimpleNamespace(connect=lambda: None, progress=SimpleNamespace(update=lambda *a: None))
@@ -112,7 +118,6 @@ def test_an_interrupted_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return real(*args, **more)
 
     monkeypatch.setattr(teachers, "teach_shard", once)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # here, also where another test has started Ray
     with pytest.raises(KeyboardInterrupt):
         run_teacher(tmp_path / "out", data, model)
     with pytest.raises(DataError, match=r"no finished outputs .*outputs\.json is missing"):

@@ -323,7 +323,10 @@ def _write_predictions(folder: Path, columns: dict[str, list], rank: int) -> Non
         {
             name: max(v.shape[1] for v in values)
             for name, values in columns.items()
-            if values and isinstance(values[0], torch.Tensor) and values[0].ndim == 2 and not values[0].is_floating_point()
+            if values
+            and isinstance(values[0], torch.Tensor)
+            and values[0].ndim == 2
+            and not values[0].is_floating_point()
         }
     )
     for name, values in columns.items():

@@ -117,7 +117,8 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Pat
     hang = next(event for event in events if event["kind"] == "hang")
     assert re.search(r"no progress for \d+ s \(rank 0 on .*: .* of step \d+; rank 1 on .*\)", hang["text"])
     stacks = [Path(file).read_text() for file in hang["files"]]
-    assert any("forward" in text and "loop.py" in text for text in stacks), hang
+    # wherever in the step it waited for the one that stands still
+    assert any("loop.py" in text for text in stacks), hang
     assert all("Thread" in text for text in stacks)
 
 

@@ -670,7 +670,8 @@ def test_a_server_that_is_killed_while_ray_trains_loses_nothing(
     assert [record["step"] for record in records] == list(range(every, steps + 1, every))
     during = [r["time"] for r in records if away[0] - 1 < r["time"] < away[1] + 5]
     assert len(during) > 20, "it went on training while the server was away"
-    assert max(b - a for a, b in itertools.pairwise(during)) < 1.0, "seconds between points, ten steps apart"
+    # ten steps apart; less than the outage of 5 s, and room for a machine that does something else as well
+    assert max(b - a for a, b in itertools.pairwise(during)) < 3.0, "seconds between points"
     config = checked.tracking
     state = json.loads((tmp_path / "runs/struck/run.json").read_text())
     got = history(config, tmp_path / "runs", state["mlflow_run"], "train/loss")

@@ -222,7 +222,7 @@ def free_again() -> bool:
     """Whether all CPUs of the cluster are free, or become so."""
     import ray
 
-    until = time.monotonic() + 60
+    until = time.monotonic() + 20
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"] and time.monotonic() < until:
         time.sleep(0.2)
     return ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]

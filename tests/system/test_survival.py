@@ -117,8 +117,14 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_that_can_write(cluster: tuple[Pat
     hang = next(event for event in events if event["kind"] == "hang")
     assert re.search(r"no progress for \d+ s \(rank 0 on .*: .* of step \d+; rank 1 on .*\)", hang["text"])
     stacks = [Path(file).read_text() for file in hang["files"]]
-    # wherever in the step it waited for the one that stands still
-    assert any("loop.py" in text for text in stacks), hang
+    assert stacks, hang
+    # a rank waits for the one that stands still in any part of a step: its stack shows the part that it told
+    told = dict(re.findall(r"rank (\d+) on [^:]*: (.*?) of step \d+", hang["text"]))
+    called = {"forward": "forward", "backward": "backward", "update": "step"}
+    for file, text in zip(hang["files"], stacks, strict=True):
+        part = told[str(int(Path(file).stem.rpartition("-")[2]))]
+        assert "loop.py" in text, (part, text)
+        assert re.search(rf"in \w*{called.get(part, '')}\b", text), (part, text)
     assert all("Thread" in text for text in stacks)
 
 

@@ -670,8 +670,9 @@ def test_a_server_that_is_killed_while_ray_trains_loses_nothing(
     assert [record["step"] for record in records] == list(range(every, steps + 1, every))
     during = [r["time"] for r in records if away[0] - 1 < r["time"] < away[1] + 5]
     assert len(during) > 20, "it went on training while the server was away"
-    # ten steps apart; less than the outage of 5 s, and room for a machine that does something else as well
-    assert max(b - a for a, b in itertools.pairwise(during)) < 3.0, "seconds between points"
+    usual = [b["time"] - a["time"] for a, b in itertools.pairwise(records) if b["time"] < away[0]]
+    longest = max(b - a for a, b in itertools.pairwise(during))
+    assert longest < 1.0 + max(usual), "seconds between points, ten steps apart: not a second more than with the server"
     config = checked.tracking
     state = json.loads((tmp_path / "runs/struck/run.json").read_text())
     got = history(config, tmp_path / "runs", state["mlflow_run"], "train/loss")

@@ -8,6 +8,7 @@ the training set with noisy labels, with a seed of its own; the clean test set i
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,52 @@ def hardest(noise: str) -> str:
     return f"{noise.split()[0]} 40 %"
 
 
+Arms = dict[str, list[dict[str, Any]]]
+"""Settings to choose from, by arm."""
+Chosen = dict[str, dict[str, tuple[float, int]]]
+"""Learning rate and number of the setting, by noise and arm."""
+
+
+def settled(go: Callable[..., Metrics], study: str, field: str, arms: Arms, metric: str, **more: Any) -> Chosen:
+    """The best learning rate and setting of each arm at 40 % noise, by the metric named for it, with a seed of its own."""
+    tried = {f"{name}-{i}": arm for name, settings in arms.items() for i, arm in enumerate(settings)}
+    chosen: Chosen = {}
+    for kind in ("symmetric 40 %", "asymmetric 40 %"):
+        same = {"noise": NOISES[kind] | {"seed": TUNING_SEED}, "seed": TUNING_SEED, "data__test": dev_part()}
+        found = {
+            rate: go(f"{study}-tune-{short(kind)}-{rate}", rate, **{field: tried}, **same, **more) for rate in RATES
+        }
+        chosen[kind] = {
+            name: best({(r, i): found[r][metric.format(f"{name}-{i}")] for i in range(len(settings)) for r in RATES})
+            for name, settings in arms.items()
+        }
+    return chosen
+
+
+def at_their_best(
+    go: Callable[..., Metrics],
+    study: str,
+    field: str,
+    arms: Arms,
+    chosen: Chosen,
+    more: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[tuple[str, int], dict[str, float]]:
+    """Metrics on the clean test set by noise and seed. Arms of one learning rate are a job; `more`: settings by noise."""
+    results: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in SEEDS:
+        for kind, noise in NOISES.items():
+            for rate in RATES:
+                taken = {n: arms[n][i] for n, (r, i) in chosen[hardest(kind)].items() if r == rate}
+                if taken:
+                    same = {"noise": noise | {"seed": seed}, "seed": seed, "data__test": FASHION / "test"}
+                    metrics = go(f"{study}-{short(kind)}-{rate}-s{seed}", rate, **{field: taken}, **same, **more(noise))
+                    results.setdefault((kind, seed), {}).update(metrics)
+    return results
+
+
 # --- losses side by side -----------------------------------------------------------------------------------
 
-LOSSES: dict[str, list[dict[str, Any]]] = {
+LOSSES: Arms = {
     "CE": [{"kind": "softmax"}],
     "smoothing": [{"kind": "smoothed_softmax", "smoothing": 0.1}],
     "MAE": [{"kind": "mae"}],
@@ -82,40 +126,8 @@ def ldr() -> None:
     def go(name: str, rate: float, **more: Any) -> Metrics:
         return run("noisy/jobs/ldr-fashion.yaml", name, **base, train__learning_rate=rate, **more)
 
-    chosen: dict[str, dict[str, tuple[float, int]]] = {}
-    tried = {f"{name}-{i}": loss for name, losses in LOSSES.items() for i, loss in enumerate(losses)}
-    for kind in ("symmetric 40 %", "asymmetric 40 %"):
-        noise = NOISES[kind] | {"seed": TUNING_SEED}
-        found = {
-            rate: go(
-                f"ldr-tune-{short(kind)}-{rate}",
-                rate,
-                noise=noise,
-                losses=tried,
-                seed=TUNING_SEED,
-                data__test=dev_part(),
-            )
-            for rate in RATES
-        }
-        chosen[kind] = {
-            name: best({(r, i): found[r][f"noisy_test/{name}-{i}"] for i in range(len(losses)) for r in RATES})
-            for name, losses in LOSSES.items()
-        }
-    results: dict[tuple[str, int], dict[str, float]] = {}
-    for seed in SEEDS:
-        for kind, noise in NOISES.items():
-            for rate in RATES:
-                arms = {n: LOSSES[n][i] for n, (r, i) in chosen[hardest(kind)].items() if r == rate}
-                if arms:
-                    metrics = go(
-                        f"ldr-{short(kind)}-{rate}-s{seed}",
-                        rate,
-                        noise=noise | {"seed": seed},
-                        losses=arms,
-                        seed=seed,
-                        data__test=FASHION / "test",
-                    )
-                    results.setdefault((kind, seed), {}).update(metrics)
+    chosen = settled(go, "ldr", "losses", LOSSES, "noisy_test/{}")
+    results = at_their_best(go, "ldr", "losses", LOSSES, chosen, lambda noise: {})
 
     def over_seeds(metric: str, kind: str, arm: str) -> list[float]:
         return [results[kind, seed][f"{metric}/{arm}"] for seed in SEEDS]
@@ -224,7 +236,7 @@ def confident() -> None:
 
 # --- nested dropout and co-teaching ------------------------------------------------------------------------
 
-COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
+COMPRESSIONS: Arms = {
     "CE": [{"kind": "none"}],
     "dropout": [{"kind": "dropout", "p": p} for p in (0.5, 0.8)],
     "nested": [{"kind": "nested", "eta": eta} for eta in (8, 24)],
@@ -247,41 +259,11 @@ def nested() -> None:
     def go(name: str, rate: float, **more: Any) -> Metrics:
         return run("noisy/jobs/nested-fashion.yaml", name, **base, train__learning_rate=rate, **more)
 
-    chosen: dict[str, dict[str, tuple[float, int]]] = {}
-    tried = {f"{name}-{i}": arm for name, arms in COMPRESSIONS.items() for i, arm in enumerate(arms)}
-    for kind in ("symmetric 40 %", "asymmetric 40 %"):
-        found = {
-            rate: go(
-                f"nested-tune-{short(kind)}-{rate}",
-                rate,
-                noise=NOISES[kind] | {"seed": TUNING_SEED},
-                seed=TUNING_SEED,
-                arms=tried,
-                coteaching={"rate": 0.4, "train": length | {"steps": 1}},  # only stage 1 is looked at
-                data__test=dev_part(),
-            )
-            for rate in RATES
-        }
-        chosen[kind] = {
-            name: best({(r, i): found[r][f"validation/{name}-{i}/one_net"] for i in range(len(arms)) for r in RATES})
-            for name, arms in COMPRESSIONS.items()
-        }
-    results: dict[tuple[str, int], dict[str, float]] = {}
-    for seed in SEEDS:
-        for kind, noise in NOISES.items():
-            for rate in RATES:
-                arms = {n: COMPRESSIONS[n][i] for n, (r, i) in chosen[hardest(kind)].items() if r == rate}
-                if arms:
-                    metrics = go(
-                        f"nested-{short(kind)}-{rate}-s{seed}",
-                        rate,
-                        noise=noise | {"seed": seed},
-                        seed=seed,
-                        arms=arms,
-                        coteaching={"rate": noise["rate"]},
-                        data__test=FASHION / "test",
-                    )
-                    results.setdefault((kind, seed), {}).update(metrics)
+    stage_1 = {"rate": 0.4, "train": length | {"steps": 1}}  # only that is looked at
+    chosen = settled(go, "nested", "arms", COMPRESSIONS, "validation/{}/one_net", coteaching=stage_1)
+    results = at_their_best(
+        go, "nested", "arms", COMPRESSIONS, chosen, lambda noise: {"coteaching": {"rate": noise["rate"]}}
+    )
 
     def over_seeds(arm: str, step: str, kind: str) -> list[float]:
         return [results[kind, seed][f"test/{arm}/{STEPS[step]}"] for seed in SEEDS]

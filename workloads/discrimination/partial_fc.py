@@ -255,8 +255,6 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         "fit",
         fit_classifier,
         train=stream,
-        predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
-        evaluate=job.data.stream(job.data.held_out(test), global_batch=job.eval_batch, **options),
         encoder=job.encoder,
         head=job.head,
         config=job.train,
@@ -265,6 +263,7 @@ def partial_fc(job: PartialFCJob, run: Run) -> None:
         align=job.align,
         augment=job.augment,
         **goes_on,
+        **job.data.judging(test, global_batch=job.eval_batch, **options),
     )
     ids_QK, _, label_QP = ranked_classes(fit)
     report_training(run, Fitted(fit.folder), fit["seconds"])

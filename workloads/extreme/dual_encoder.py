@@ -142,8 +142,6 @@ def dual_encoder(job: DualEncoderJob, run: Run) -> None:
         "fit",
         fit_dual_encoder,
         train=stream,
-        predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
-        evaluate=job.data.stream(job.data.held_out(test), global_batch=job.eval_batch, **options),
         encoder=job.encoder,
         loss=job.loss,
         negatives=job.negatives,
@@ -155,6 +153,7 @@ def dual_encoder(job: DualEncoderJob, run: Run) -> None:
         embed=job.index is not None,
         label_cache_mb=job.label_cache_mb,
         memory_mb=job.memory_mb,
+        **job.data.judging(test, global_batch=job.eval_batch, **options),
     )
     report_training(run, Fitted(fit.folder), fit["seconds"])
     report_extreme(run, {"dual encoder": fit}, job.ranking, train, test)

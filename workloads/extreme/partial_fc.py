@@ -94,14 +94,13 @@ def rows_run(job: RowsJob, run: Run) -> None:
         "fit",
         fit_rows,
         train=stream,
-        predict={"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
-        evaluate=job.data.stream(job.data.held_out(test), global_batch=job.eval_batch, **options),
         encoder=job.encoder,
         head=job.head,
         objective=job.objective,
         config=job.train,
         seed=job.seed,
         k=job.ranking.most,
+        **job.data.judging(test, global_batch=job.eval_batch, **options),
     )
     report_training(run, Fitted(fit.folder), fit["seconds"])
     report_extreme(run, {"rows": fit}, job.ranking, train, test)

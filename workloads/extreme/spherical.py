@@ -157,8 +157,7 @@ def spherical(job: SphericalJob, run: Run) -> None:
     run.track_data(train=stream, test=test)
     inputs: dict[str, Any] = {
         "train": stream,
-        "predict": {"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)},
-        "evaluate": job.data.stream(job.data.held_out(test), global_batch=job.eval_batch, **options),
+        **job.data.judging(test, global_batch=job.eval_batch, **options),
         "encoder": job.encoder,
         "seed": job.seed,
         "bias": job.bias,

@@ -93,21 +93,19 @@ def unified_embedding(job: UnifiedJob, run: Run) -> None:
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
     values = run.stage("count", count, train=train, field=job.field, features=features)
-    look: dict[str, Any] = {"global_batch": job.eval_batch, "shuffle": False, **options}
     fits: dict[str, Stage] = {}
     for sharing in (job.table.sharing, *(s for s in job.compare if s != job.table.sharing)):
         fits[sharing] = run.stage(
             f"fit-{sharing}",
             fit_table,
             train=stream,
-            predict={"test": job.data.stream(test, **look)},
-            evaluate=job.data.stream(job.data.held_out(test), **look),
             values=values,
             features=features,
             table=job.table.model_copy(update={"sharing": sharing}),
             network=job.network,
             config=job.train,
             seed=job.seed,
+            **job.data.judging(test, global_batch=job.eval_batch, **options),
         )
     for number, (name, fit) in enumerate(fits.items()):
         report_training(run, Fitted(fit.folder), fit["seconds"], "" if number == 0 else name)

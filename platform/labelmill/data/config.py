@@ -156,6 +156,18 @@ class DataConfig(StreamConfig):
         """What training is judged by while it goes on: `dev`, or the opened test set without one."""
         return load_manifest(self.dev) if self.dev else test
 
+    def judging(self, test: Manifest, field: str, global_batch: int, **options: Any) -> dict[str, Any]:
+        """What a fit predicts and is judged by, as its arguments: `predict`, the test set in order, and `evaluate`.
+
+        Args:
+            test: the opened test set.
+            field, global_batch, options: as of `stream`.
+        """
+        return {
+            "predict": {"test": self.stream(test, field, global_batch, shuffle=False, **options)},
+            "evaluate": self.stream(self.held_out(test), field, global_batch, **options),
+        }
+
 
 def _show(label: Any) -> str:
     classes = "" if label.num_classes is None else f" of {label.num_classes} classes"

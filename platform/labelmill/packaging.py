@@ -14,7 +14,7 @@ from labelmill.encoders import build_encoder
 from labelmill.errors import UserError
 from labelmill.heads.index import IndexConfig, IndexInfo, build_index
 from labelmill.job import Job, resolved
-from labelmill.stages import Fitted
+from labelmill.stages import Fitted, second_name
 from labelmill.tracking.model import ClassPrior, write_model
 
 
@@ -40,7 +40,7 @@ def build_package(
         assert data.label.num_classes is not None
         for entry in fitted.head_shards("classes"):
             # the rows are large and final: a second name for the same bytes
-            _link(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
+            second_name(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
         bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
         classes = data.load_classes() if bare is None else bare
     kind = data.fields[encoder.field].kind
@@ -66,10 +66,3 @@ def build_package(
         extra={"job": resolved(job)},
     )
     return info
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)

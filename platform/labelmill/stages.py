@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,3 +137,14 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     part.replace(path)
+
+
+def second_name(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Another name for a file that is final, in place of what `target` names; a copy where the file system has no links."""
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -6,7 +6,6 @@ Shape legend: Q queries, K ranked labels, P true labels of a query (padded with 
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from labelmill.heads.index import IndexConfig, build_index, load_index, measure_
 from labelmill.job import StrictModel
 from labelmill.run import Run
 from labelmill.search_config import SearchConfig
-from labelmill.stages import Fitted, Stage
+from labelmill.stages import Fitted, Stage, second_name
 
 ROWS = 2048
 NO_QUERY_LABELS = "queries without a label"
@@ -155,12 +154,8 @@ def measure_index(
     """Stage: an approximate index over the label rows, its recall on test queries, and the metrics through it."""
     fitted = Fitted(fit.folder)
     for entry in fitted.head_shards("classes"):
-        source, target = fitted.folder / "export" / "head-classes" / entry["file"], folder / entry["file"]
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(source)  # rows are large and final
-        except OSError:
-            shutil.copyfile(source, target)
+        # rows are large and final
+        second_name(fitted.folder / "export" / "head-classes" / entry["file"], folder / entry["file"])
     info = build_index(folder, index.kind, index.factory, index.probes)
     table = fitted.predictions("test")
     flat = table.column("emb").combine_chunks().flatten().to_numpy(zero_copy_only=False)

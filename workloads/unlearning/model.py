@@ -24,6 +24,7 @@ from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.source import open_rows
+from labelmill.stages import second_name
 from labelmill.tracking.model import ModelSpec, check_file, read_spec, write_model
 from labelmill.training.initial import HeadStart
 from labelmill.training.objective import Objective
@@ -214,10 +215,7 @@ def write_package(
     else:
         given = [parent / shard.file for shard in spec.shards] if rows is None else rows
         for file in given:
-            try:
-                (folder / file.name).hardlink_to(file)
-            except OSError:
-                shutil.copyfile(file, folder / file.name)
+            second_name(file, folder / file.name)
     module = build_encoder(spec.encoder, root=parent)
     write_model(
         folder,

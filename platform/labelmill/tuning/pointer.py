@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from labelmill.stages import second_name
 
 POINTER = "pointer.json"
 _STAY = 2  # newest checkpoints of a trial that stay: another trial may be about to start from them
@@ -79,16 +80,6 @@ def link_folder(source: Path, target: Path) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, part, copy_function=_link)
+    shutil.copytree(source, part, copy_function=second_name)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-
-
-def _link(source: Any, target: Any) -> Any:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(source, target)
-    return target

@@ -28,6 +28,7 @@ from labelmill.losses.unlearning import (
     alignment,
     cosine_distance,
     dampened,
+    fisher_noise_variance,
     kl_to_teacher,
     latent_kl,
     other_label,
@@ -298,13 +299,35 @@ def test_dampening_uses_the_exact_diagonal(make: Make, package: Path) -> None:
         F.cross_entropy(model(batch.inputs[i : i + 1]), y[i : i + 1]).backward()
         squares.append(torch.cat([p.grad.flatten() for p in model.parameters()]).square())  # type: ignore[union-attr]
     all_P, forget_P = torch.stack(squares).mean(0), torch.stack(squares)[f].mean(0)
-    torch.testing.assert_close(objective.all_P / objective.seen_2.sum(), all_P, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(objective.forget_P / objective.seen_2[1], forget_P, atol=1e-6, rtol=1e-4)
+    retain_P = torch.stack(squares)[~f].mean(0)
+    for found, want in zip(objective.information(), (all_P, retain_P, forget_P), strict=True):
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
     before = torch.cat([p.detach().flatten() for p in objective.model.parameters()])
     objective.finish(lambda done, of: None)
     after = torch.cat([p.detach().flatten() for p in objective.model.parameters()])
     torch.testing.assert_close(after, dampened(before, all_P, forget_P, 1.0, 0.5), atol=1e-5, rtol=1e-3)
     assert (after != before).any()
+
+
+def test_fisher_noise_has_the_variance_of_the_equation(make: Make) -> None:
+    retain = torch.tensor([0.0, 1e-4, 0.5, 2.0])
+    torch.testing.assert_close(fisher_noise_variance(retain, 0.1, 1e3), torch.tensor([100.0, 100.0, 0.2, 0.05]))
+    before = torch.cat([p.detach().flatten() for p in make(m.Finetune())[0].model.parameters()])
+
+    def after(seed: int, **options: float) -> tuple[torch.Tensor, torch.Tensor]:
+        objective, batch = make(m.FisherNoise(**options))
+        objective.seed = seed
+        objective.forward(batch)
+        objective.finish(lambda done, of: None)
+        return torch.cat([p.detach().flatten() for p in objective.model.parameters()]), objective.information()[1]
+
+    assert torch.equal(after(0, alpha=0.0)[0], before), "without noise the model stays"
+    moved, retain_P = after(0, alpha=1e-3)
+    assert torch.equal(moved, after(0, alpha=1e-3)[0])
+    drawn = torch.stack([after(seed, alpha=1e-3)[0] - before for seed in range(60)])
+    ratio = drawn.square().mean(0) / fisher_noise_variance(retain_P, 1e-3, 1e3)
+    assert abs(ratio.mean().item() - 1) < 4 * (2 / drawn.numel()) ** 0.5, "a chi-square over all draws"
+    assert abs(drawn.mean(0).div(drawn.std(0)).mean().item()) < 4 / drawn.numel() ** 0.5
 
 
 # --- streams and refusals -----------------------------------------------------------------------------------------

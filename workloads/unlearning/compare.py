@@ -233,7 +233,7 @@ def compare_seed(job: CompareJob, run: Run, train: Manifest, test: Manifest, see
             raise JobError(f"methods.{name}: unsir forgets whole classes; this task has none.")
         try:
             versions[name] = run.stage(
-                f"{_file_name(name)}-s{seed}",
+                f"{file_name(name)}-s{seed}",
                 fit_unlearned,
                 original=original,
                 retain=retain,
@@ -254,7 +254,7 @@ def compare_seed(job: CompareJob, run: Run, train: Manifest, test: Manifest, see
     said: dict[str, dict[str, Any]] = {}
     for name, version in {**versions, "random": original}.items():
         stage = run.stage(
-            f"probe-{_file_name(name)}-s{seed}",
+            f"probe-{file_name(name)}-s{seed}",
             probe_version,
             version=version,
             sets=sets,
@@ -344,7 +344,7 @@ def _relearning(
     wanted = job.audit.relearn_share * values["original"]["train_f"] / 100
     for name, version in versions.items():
         stage = run.stage(
-            f"relearn-{_file_name(name)}-s{seed}",
+            f"relearn-{file_name(name)}-s{seed}",
             relearn_version,
             version=version,
             forget=forget,
@@ -364,7 +364,8 @@ def relearn_version(
     return {"steps": audits.relearn(run, folder, package, forget, config, wanted)}
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """A version's name as stages and metrics have it."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
@@ -398,4 +399,4 @@ def report_comparison(run: Run, found: Mapping[str, list[dict[str, float]]]) -> 
         for column in (*COLUMNS, *attacks):
             mean, _ = interval([v.get(column, math.nan) for v in many])
             if not math.isnan(mean):
-                run.report.metrics[f"{_file_name(name)}/{column}"] = mean
+                run.report.metrics[f"{file_name(name)}/{column}"] = mean

@@ -18,18 +18,10 @@ from torch.nn import functional as F
 from labelmill.data.keys import key_hashes
 from labelmill.data.stream import Batch
 from labelmill.errors import JobError
-from labelmill.job import StrictModel
-from labelmill.losses.unlearning import dampened, kl_to_teacher, other_label
-from labelmill.training.config import TrainConfig
-from labelmill.training.objective import Losses, Progress
+from labelmill.losses.unlearning import kl_to_teacher, other_label
+from workloads.unlearning.fisher import Dampening, DampeningUnlearner, FisherNoise, FisherNoiseUnlearner
 from workloads.unlearning.laf import LafConfig
-from workloads.unlearning.model import Dense, Marked, frozen
-
-
-class Method(StrictModel):
-    """What every method has."""
-
-    train: TrainConfig | None = Field(None, description="its own budget; default: the job's `train`")
+from workloads.unlearning.model import Dense, Method, Unlearner, frozen
 
 
 class Retrain(Method):
@@ -91,17 +83,6 @@ class Scrub(Method):
     )
 
 
-class Dampening(Method):
-    """Selective synaptic dampening by Fisher information, without training (Foster et al., AAAI 2024)."""
-
-    kind: Literal["dampening"] = "dampening"
-    alpha: float = Field(
-        10.0, gt=0, description="a weight is dampened where it matters so much more to D_f than to all"
-    )
-    lam: float = Field(1.0, gt=0, description="how little of it may stay")
-    group: int = Field(1, ge=1, description="samples whose gradient is squared together; 1 is the exact diagonal")
-
-
 class LastLayers(Method):
     """CF-k and EU-k: the last k layers learn on D_r, from where they are or afresh; the others stay (Goel et al. 2022)."""
 
@@ -139,55 +120,13 @@ MethodConfig = Annotated[
     | BadTeacher
     | Scrub
     | Dampening
+    | FisherNoise
     | LastLayers
     | Unsir
     | LafConfig,
     Field(discriminator="kind"),
 ]
 """A method by `kind`."""
-
-
-class Unlearner(Marked):
-    """Base: the original model, trainable, with what `predict` and `evaluate` need.
-
-    Args:
-        package: folder of the original model.
-        forget: hashes of the forgotten keys.
-        config: the method.
-        seed: of what is drawn.
-        classes: forgotten as a whole.
-    """
-
-    uses: tuple[bool, bool] = (True, True)
-    """Whether it looks at retained and at forgotten samples."""
-
-    def __init__(self, package: str, forget: str, config: Any, seed: int, classes: tuple[int, ...] = ()) -> None:
-        super().__init__(forget)
-        self.model = Dense(package)
-        self.config, self.seed, self.classes, self.package = config, seed, classes, package
-
-    def prepare(self, raw: Any, labels: Any, rng: Any) -> Any:
-        return self.model.encoder.prepare(raw, rng)
-
-    def original(self) -> Dense:
-        """A frozen copy of the original model."""
-        return frozen(Dense(self.package))
-
-    def cross_entropy(self, logits_BC: Tensor, label_B: Tensor, mask_B: Tensor) -> Tensor:
-        return self.mean(F.cross_entropy(logits_BC, label_B, reduction="none"), mask_B)
-
-    def forward(self, batch: Batch) -> Losses:
-        forget_B = self.forgotten(batch)
-        retain_B = ~forget_B & (batch.weight_B > 0)
-        return Losses(self.loss(batch, self.model(batch.inputs), batch.labels.single_B, retain_B, forget_B))
-
-    def loss(self, batch: Batch, z_BC: Tensor, y_B: Tensor, r_B: Tensor, f_B: Tensor) -> Tensor:
-        """The method: logits, labels, which are retained, which forgotten -> what is minimised."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        return {"top1": self.model(batch.inputs).argmax(1) == batch.labels.single_B}
 
 
 class FinetuneUnlearner(Unlearner):
@@ -326,61 +265,6 @@ class UnsirUnlearner(Unlearner):
         return retain + F.cross_entropy(self.model(x.to(batch.inputs.dtype)), noise_y)
 
 
-class DampeningUnlearner(Unlearner):
-    """Adds up squared gradients of both kinds of samples while the stream goes by; weights change at the end alone."""
-
-    all_P: Tensor
-    forget_P: Tensor
-    seen_2: Tensor
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        size = sum(p.numel() for p in self.model.parameters())
-        self.register_buffer("all_P", torch.zeros(size))
-        self.register_buffer("forget_P", torch.zeros(size))
-        self.register_buffer("seen_2", torch.zeros(2))
-
-    def forward(self, batch: Batch) -> Losses:
-        forget_B = self.forgotten(batch)
-        sums = torch.zeros_like(self.all_P), torch.zeros_like(self.all_P)
-        seen = torch.zeros_like(self.seen_2)
-        for kind, mask_B in enumerate((~forget_B & (batch.weight_B > 0), forget_B)):
-            for rows in mask_B.nonzero()[:, 0].split(self.config.group):
-                inputs = _rows_of(batch.inputs, rows)
-                loss = F.cross_entropy(self.model(inputs), batch.labels.single_B[rows])
-                grads = torch.autograd.grad(loss, list(self.model.parameters()))
-                sums[kind].add_(torch.cat([g.flatten() for g in grads]).square(), alpha=float(len(rows)))
-                seen[kind] += len(rows)
-        for kind, (total, more) in enumerate(zip((self.all_P, self.forget_P), sums, strict=True)):
-            total += self.ranks.sum_(more)
-            if kind == 1:
-                self.all_P.add_(more)
-        self.seen_2 += self.ranks.sum_(seen)
-        nothing = torch.stack([p.sum() * 0.0 for p in self.model.parameters()]).sum()
-        return Losses(nothing)
-
-    def finish(self, progress: Progress) -> None:
-        self.dampen()
-
-    @torch.no_grad()
-    def dampen(self) -> None:
-        """theta <- theta min(lam F_D / F_f, 1) where F_f > alpha F_D, F being means over samples."""
-        everyone = self.all_P / self.seen_2.sum().clamp_min(1)
-        forget = self.forget_P / self.seen_2[1].clamp_min(1)
-        at = 0
-        for parameter in self.model.parameters():
-            span = slice(at, at + parameter.numel())
-            value = dampened(
-                parameter.flatten(), everyone[span], forget[span], alpha=self.config.alpha, lam=self.config.lam
-            )
-            parameter.copy_(value.view_as(parameter))
-            at += parameter.numel()
-
-
-def _rows_of(inputs: Any, rows: Tensor) -> Any:
-    return {name: value[rows] for name, value in inputs.items()} if isinstance(inputs, dict) else inputs[rows]
-
-
 UNLEARNERS: dict[str, type[Unlearner]] = {
     "finetune": FinetuneUnlearner,
     "ascent": AscentUnlearner,
@@ -392,4 +276,5 @@ UNLEARNERS: dict[str, type[Unlearner]] = {
     "last_layers": LastLayersUnlearner,
     "unsir": UnsirUnlearner,
     "dampening": DampeningUnlearner,
+    "fisher_noise": FisherNoiseUnlearner,
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +25,12 @@ from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.source import open_rows
+from labelmill.job import StrictModel
 from labelmill.stages import second_name
 from labelmill.tracking.model import ModelSpec, check_file, read_spec, write_model
+from labelmill.training.config import TrainConfig
 from labelmill.training.initial import HeadStart
-from labelmill.training.objective import Objective
+from labelmill.training.objective import Losses, Objective
 
 DENSE_MB = 512.0
 
@@ -142,6 +145,55 @@ class Marked(Objective):
         weight_B = mask_B.to(loss_B.dtype)
         total = self.ranks.sum_(weight_B.sum().detach().clone())
         return (loss_B * weight_B).sum() * self.ranks.world / total.clamp_min(1)
+
+
+class Unlearner(Marked):
+    """Base: the original model, trainable, with what `predict` and `evaluate` need.
+
+    Args:
+        package: folder of the original model.
+        forget: hashes of the forgotten keys.
+        config: the method.
+        seed: of what is drawn.
+        classes: forgotten as a whole.
+    """
+
+    uses: tuple[bool, bool] = (True, True)
+    """Whether it looks at retained and at forgotten samples."""
+
+    def __init__(self, package: str, forget: str, config: Any, seed: int, classes: tuple[int, ...] = ()) -> None:
+        super().__init__(forget)
+        self.model = Dense(package)
+        self.config, self.seed, self.classes, self.package = config, seed, classes, package
+
+    def prepare(self, raw: Any, labels: Any, rng: Any) -> Any:
+        return self.model.encoder.prepare(raw, rng)
+
+    def original(self) -> Dense:
+        """A frozen copy of the original model."""
+        return frozen(Dense(self.package))
+
+    def cross_entropy(self, logits_BC: Tensor, label_B: Tensor, mask_B: Tensor) -> Tensor:
+        return self.mean(F.cross_entropy(logits_BC, label_B, reduction="none"), mask_B)
+
+    def forward(self, batch: Batch) -> Losses:
+        forget_B = self.forgotten(batch)
+        retain_B = ~forget_B & (batch.weight_B > 0)
+        return Losses(self.loss(batch, self.model(batch.inputs), batch.labels.single_B, retain_B, forget_B))
+
+    def loss(self, batch: Batch, z_BC: Tensor, y_B: Tensor, r_B: Tensor, f_B: Tensor) -> Tensor:
+        """The method: logits, labels, which are retained, which forgotten -> what is minimised."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        return {"top1": self.model(batch.inputs).argmax(1) == batch.labels.single_B}
+
+
+class Method(StrictModel):
+    """What every method has."""
+
+    train: TrainConfig | None = Field(None, description="its own budget; default: the job's `train`")
 
 
 def save_hashes(keys: Sequence[str], path: Path) -> str:

@@ -30,6 +30,7 @@ from labelmill.training.checkpoint_files import complete, read_dense
 from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier
 from workloads.unlearning import laf
+from workloads.unlearning.fisher import Fisher
 from workloads.unlearning.methods import UNLEARNERS, Finetune, LastLayers, Retrain
 from workloads.unlearning.model import check_classifier, check_whole, save_hashes, write_package
 
@@ -76,7 +77,7 @@ def unlearn(
         return _laf(run, folder, model, retain, forget, method, config, seed, keys)
     kind = UNLEARNERS[method.kind]
     stream = stream_of(retain, forget, kind.uses, config.global_batch)
-    if method.kind == "dampening":  # weights stay until the end
+    if isinstance(method, Fisher):  # weights stay until the end
         config = config.model_copy(update={"zero_stage": 0, "precision": "fp32", "weight_decay": 0.0})
     rewinds = bool(getattr(method, "rewind", False))
     if rewinds:

@@ -71,3 +71,12 @@ def other_label(label_B: Tensor, hash_B: Tensor, num_classes: int) -> Tensor:
     if num_classes < 2:
         raise DataError("with one class there is no other label.")
     return (label_B + 1 + hash_B % (num_classes - 1)) % num_classes
+
+
+def fisher_noise_variance(retain: Tensor, alpha: float, most: float) -> Tensor:
+    """Variance alpha min(1 / F_r, most) of the noise that hides what weights knew beyond the retained samples.
+
+    Golatkar, Achille, Soatto: Eternal Sunshine of the Spotless Net (CVPR 2020), Fisher forgetting as their code has it: the
+    text's standard deviation (lambda sigma^2)^(1/4) F^(-1/4) is a variance that falls with F^(1/2).
+    """
+    return alpha * (1 / retain.clamp_min(1 / most))

@@ -19,6 +19,7 @@ from labelmill.data.deletion import (
     WhereRequest,
     contains,
     request_digest,
+    requested_rows,
     resolve,
     unlabelled,
 )
@@ -133,6 +134,24 @@ def test_the_kept_request_proves_the_deletion_and_keeps_no_id(make_text_data: Ma
     (folder / "request.json").write_text(json.dumps(content | {"samples": 3}))
     with pytest.raises(DataError, match="not the hashes"):
         request_digest(folder)
+
+
+def test_what_was_forgotten_before_does_not_come_back(make_text_data: Make, tmp_path: Path) -> None:
+    data = make_text_data(40, 15, classes=4)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    first = resolve(IdsRequest(file=ids_file(tmp_path, "s00003", "s00017")), data)
+    first.save(folders[0], data)
+    again = IdsRequest(file=ids_file(tmp_path, "s00017", "s00020"))
+    second = resolve(again, data, requested_rows(folders[:1], data))
+    second.save(folders[1], data)
+    assert second.keys(data) == ["s00020"], "the other one has gone already"
+    assert second.retain.samples == 37
+    third = resolve(ClassesRequest(ids=(1,)), data, requested_rows(folders, data))
+    assert (third.forget.samples, third.retain.samples) == (9, 28), "s00017 is of class 1"
+    assert third.classes == (1,)
+    with pytest.raises(DataError, match=r"names 2 sample.* has forgotten before"):
+        resolve(again, data, requested_rows(folders, data))
+    assert requested_rows([], data) is None
 
 
 @pytest.mark.parametrize("overlay", [False, True])

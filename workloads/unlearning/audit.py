@@ -33,7 +33,7 @@ from labelmill.heads.probabilities import class_probabilities
 from labelmill.heads.sharded import ShardedHead
 from labelmill.job import StrictModel
 from labelmill.run import Run
-from labelmill.stages import Fitted
+from labelmill.stages import Fitted, Stage
 from labelmill.tracking.model import read_spec
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
@@ -128,6 +128,20 @@ def probe(
     objective = partial(Probe, str(package.resolve()), random)
     config = config.model_copy(update={"zero_stage": 0, "precision": "fp32"})
     run.fit(folder, objective, None, config, predict=streams, initial=start)
+
+
+def probe_version(
+    run: Run,
+    folder: Path,
+    version: Stage,
+    sets: dict[str, StreamSpec],
+    config: TrainConfig,
+    random: bool = False,
+    package: str | None = None,
+) -> dict[str, Any]:
+    """Stage: the answers of the package that another stage left (`package`, by default the one it names)."""
+    probe(run, folder, version.folder / (package or version.values.get("package", "model")), sets, config, random)
+    return {}
 
 
 def answers_of(folder: Path, name: str) -> Said:

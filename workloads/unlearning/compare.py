@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, model_validator
 
-from labelmill import __version__
 from labelmill.data.config import DataConfig
 from labelmill.data.corrections import relabel
 from labelmill.data.keys import key_hashes
@@ -25,20 +23,20 @@ from labelmill.data.manifest import Manifest
 from labelmill.data.selection import KeepRows
 from labelmill.data.shards import read_labels
 from labelmill.data.spec import StreamSpec
-from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.encoders import EncoderConfig
 from labelmill.errors import JobError
 from labelmill.evaluation.forgetting import interval
 from labelmill.heads.config import HeadConfig
 from labelmill.job import StrictModel, resolved
 from labelmill.run import Run
 from labelmill.stages import Stage
-from labelmill.tracking.model import write_model
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import Classifier, input_options
 from workloads.unlearning import audit as audits
-from workloads.unlearning.audit import AuditSection, answers_of, probe
+from workloads.unlearning.audit import AuditSection, answers_of, probe_version
 from workloads.unlearning.methods import MethodConfig, Retrain
+from workloads.unlearning.model import package_fit
 from workloads.unlearning.unlearn import unlearn
 
 
@@ -135,31 +133,9 @@ def fit_original(
     job: dict[str, Any],
 ) -> dict[str, Any]:
     """Stage: the classifier that is to forget, as a package."""
-    import shutil
-
-    data, num_classes = train.manifest, train.label.num_classes or 0
-    objective = partial(Classifier, encoder, head, num_classes, seed)
+    objective = partial(Classifier, encoder, head, train.label.num_classes or 0, seed)
     fitted = run.fit(folder, objective, train, config, augment=True, seed=seed)
-    package = folder / "model"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir()
-    for entry in fitted.head_shards("classes"):
-        shutil.copyfile(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
-    kind: Any = data.fields[encoder.field].kind
-    bare = pa.table({"name": [str(i) for i in range(num_classes)]})
-    write_model(
-        package,
-        encoder=build_encoder(encoder),
-        input_kind=kind,
-        input_shape=data.fields[encoder.field].shape if kind == "array" else None,
-        classes=data.load_classes() if data.classes else bare,
-        state=fitted.dense("encoder."),
-        normalized=head.normalize,
-        scale=head.scale,
-        manifest_digest=data.digest,
-        code_version=__version__,
-        extra={"job": job},
-    )
+    package_fit(folder / "model", fitted, train.manifest, encoder, head, {"job": job})
     return {"seconds": fitted.seconds.get("train", 0.0)}
 
 
@@ -180,14 +156,6 @@ def fit_unlearned(
     held_out = None if classes else test
     package, seconds = unlearn(run, folder, model, retain, forget, method, budget, seed, classes, held_out)
     return {"seconds": seconds, "package": str(package.relative_to(folder))}
-
-
-def probe_version(
-    run: Run, folder: Path, version: Stage, sets: dict[str, StreamSpec], config: TrainConfig, random: bool = False
-) -> dict[str, Any]:
-    """Stage: a version's answers."""
-    probe(run, folder, version.folder / version.values.get("package", "model"), sets, config, random)
-    return {}
 
 
 @workload("unlearning.compare", CompareJob)

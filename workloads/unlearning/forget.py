@@ -17,23 +17,28 @@ from typing import Any, Literal
 from pydantic import Field
 
 from labelmill.data.config import StreamConfig
-from labelmill.data.deletion import RequestConfig, resolve
+from labelmill.data.deletion import RequestConfig, requested_rows, resolve
 from labelmill.data.manifest import Manifest
-from labelmill.data.selection import load_selection
+from labelmill.data.selection import KeepRows, load_selection
 from labelmill.data.spec import StreamSpec
+from labelmill.encoders import build_encoder
 from labelmill.errors import JobError
 from labelmill.run import Run
 from labelmill.stages import Stage
+from labelmill.tracking import registry
 from labelmill.tracking.model import read_spec
-from labelmill.tracking.requests import FOLDER, REQUEST, trained_on
+from labelmill.tracking.requests import EARLIER, FOLDER, REQUEST, fetch_requests, trained_on
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
+from workloads.discrimination.partial_fc import image_options
 from workloads.unlearning import audit as audits
-from workloads.unlearning.audit import AuditSection, answers_of
-from workloads.unlearning.compare import COLUMNS, probe_version
+from workloads.unlearning.audit import AuditSection, answers_of, probe_version
+from workloads.unlearning.compare import COLUMNS
 from workloads.unlearning.laf import LafConfig
-from workloads.unlearning.methods import Finetune, MethodConfig, RemoveClasses, Retrain
+from workloads.unlearning.methods import Finetune, MethodConfig, RemoveClasses, Retrain, Sisa
+from workloads.unlearning.model import register_version
 from workloads.unlearning.remove import remove_classes
+from workloads.unlearning.sisa import SLICES, Recipe, forget_slices
 from workloads.unlearning.unlearn import unlearn
 
 
@@ -52,7 +57,7 @@ class ForgetJob(TrainJob):
     workload: Literal["unlearning.forget", "unlearning.laf"]
     model: str = Field(min_length=1, description="NAME, NAME@alias or NAME/version in the registry")
     request: RequestConfig
-    method: MethodConfig | RemoveClasses = Field(Finetune(), discriminator="kind")
+    method: MethodConfig | RemoveClasses | Sisa = Field(Finetune(), discriminator="kind")
     data: ForgetData = ForgetData()
     audit: AuditSection = AuditSection()
     reference: bool = Field(True, description="retrain as well, to measure gaps; costs what training costs")
@@ -65,13 +70,22 @@ class LafJob(ForgetJob):
     method: LafConfig = Field(LafConfig(), discriminator=None)
 
 
-def take_request(run: Run, folder: Path, request: Any, train: Manifest, sources: list[str]) -> dict[str, Any]:
-    """Stage: the masks, and what is kept of the request."""
-    found = resolve(request, train)
+def take_request(
+    run: Run, folder: Path, request: Any, train: Manifest, sources: list[str], before: list[str]
+) -> dict[str, Any]:
+    """Stage: the masks, and what is kept of the request. `before`: folders of the requests that the model answers."""
+    found = resolve(request, train, requested_rows([Path(place) for place in before], train))
     digest = found.save(folder / FOLDER, train)
     found.forget.save(str(folder / "forget.arrow"))
     found.retain.save(str(folder / "retain.arrow"))
     return {"digest": digest, "samples": found.forget.samples, "classes": list(found.classes or ())}
+
+
+def earlier_requests(run: Run, folder: Path, version: str) -> dict[str, Any]:
+    """Stage: the requests that the model answers already, copied: its samples of then aren't to come back."""
+    config, output = run.job.tracking, run.job.output
+    found = fetch_requests(config, output, registry.resolve(config, output, version), folder)
+    return {"requests": [str(place.relative_to(folder)) for place in found]}
 
 
 def forget_samples(
@@ -85,9 +99,15 @@ def forget_samples(
     budget: TrainConfig,
     seed: int,
     classes: tuple[int, ...],
+    slices: str | None = None,
 ) -> dict[str, Any]:
-    """Stage: the method."""
+    """Stage: the method. `slices`: folder of those that the model's training kept."""
     package = Path(model)
+    if isinstance(method, Sisa):
+        assert slices
+        assert isinstance(forget.selection, KeepRows)
+        made, measured = forget_slices(run, folder, package, retain, forget.selection, Path(slices))
+        return measured | {"package": str(made.relative_to(folder))}
     if isinstance(method, RemoveClasses):
         made, seconds = remove_classes(run, folder, package, retain, classes, method, budget, seed)
     else:
@@ -103,15 +123,11 @@ def copy_parent(run: Run, folder: Path, model: str) -> dict[str, Any]:
     return {"package": "model", "seconds": math.nan}
 
 
-def register_version(
-    run: Run, folder: Path, name: str, made: Stage, parent: str, tags: dict[str, str]
-) -> dict[str, Any]:
-    """Stage: the registry entry."""
-    from labelmill.tracking import registry
-
-    version = registry.register(run.tracker, made.folder / made["package"], name, tags=tags, parents=[parent])
-    run.progress.line(f"registered {name} version {version}, alias candidate")
-    return {"name": name, "version": str(version)}
+def fetch_slices(run: Run, folder: Path, version: str) -> dict[str, Any]:
+    """Stage: what the version's training kept of each shard after each slice."""
+    config, output = run.job.tracking, run.job.output
+    registry.fetch_artifacts(config, output, registry.resolve(config, output, version), SLICES, folder)
+    return {}
 
 
 def answer(job: ForgetJob, run: Run) -> None:
@@ -122,15 +138,19 @@ def answer(job: ForgetJob, run: Run) -> None:
     source = f"{version.name}/{version.version}"
     known = trained_on(job.tracking, job.output, source, job.data.train, job.data.test)
     spec = read_spec(package)
-    classes_, masks = _request(job, run, known.train)
+    encoder: Any = build_encoder(spec.encoder, root=package).config
+    before = run.stage("before", earlier_requests, version=source)
+    classes_, masks = _request(job, run, known.train, [str(before.folder / name) for name in before["requests"]])
     run.progress.line(f"{source}: {masks['samples']:,} of {known.train.num_samples:,} samples are to be forgotten")
     sets = {"train": known.train} | ({"test": known.test} if known.test else {})
     run.track_data(**sets)
     run.tracker.artifact(masks.folder / FOLDER / "request.json", FOLDER)
     run.tracker.artifact(masks.folder / FOLDER / "leaves.bin", FOLDER)
+    for number, place in enumerate(before["requests"]):
+        run.tracker.artifact(before.folder / place, f"{EARLIER}/{number}")
 
     def stream(data: Manifest, mask: str | None) -> StreamSpec:
-        image = {"image_size": spec.encoder.get("image_size"), "channels": spec.encoder.get("channels", 3)}
+        image = image_options(encoder)
         found = job.data.stream(data, spec.field, job.train.global_batch, job.seed, **image)
         return replace(found, selection=load_selection(str(masks.folder / f"{mask}.arrow"))) if mask else found
 
@@ -146,7 +166,11 @@ def answer(job: ForgetJob, run: Run) -> None:
         "seed": job.seed,
         "classes": classes_,
     }
-    made = run.stage("forget", forget_samples, method=job.method, **shared)
+    more = {}
+    if isinstance(job.method, Sisa):
+        Recipe.of(package)  # refuses another model before anything is fetched
+        more = {"slices": str(run.stage(SLICES, fetch_slices, version=source).folder / SLICES)}
+    made = run.stage("forget", forget_samples, method=job.method, **shared, **more)
     versions = {"parent": original, job.method.kind: made}
     if job.reference and job.method.kind != "retrain":
         versions["retrain"] = run.stage("retrain", forget_samples, method=Retrain(), **shared)
@@ -154,6 +178,9 @@ def answer(job: ForgetJob, run: Run) -> None:
     found = values[job.method.kind]
     run.report.metrics |= {f"audit/{k}": v for k, v in found.items() if not math.isnan(v)}
     run.report.metrics |= {"request/samples": float(masks["samples"]), "forget/seconds": made["seconds"]}
+    if "trained" in made.values:
+        run.report.metrics["forget/turns"] = float(made["trained"])
+        run.progress.line(f"{made['trained']} of {made['of']} turns were trained again")
     tags = {
         "workload": job.workload,
         REQUEST: masks["digest"],
@@ -161,8 +188,10 @@ def answer(job: ForgetJob, run: Run) -> None:
         "labelmill.forgot": f"{masks['samples']} of {known.train.num_samples} samples",
     } | {f"audit.{k}": f"{v:.3f}" for k, v in found.items() if not math.isnan(v) and not k.endswith("_ci")}
     run.report.meta |= {"request": masks["digest"], "parent_model": source}
+    if (made.folder / SLICES).is_dir():
+        run.tracker.artifact(made.folder / SLICES, SLICES)
     done = run.stage(
-        "register", register_version, name=job.register_as or version.name, made=made, parent=source, tags=tags
+        "register", register_version, name=job.register_as or version.name, made=made, tags=tags, parents=[source]
     )
     run.progress.line(
         f"look at it: labelmill models show {done['name']}; make it answer: labelmill models revoke {source} "
@@ -170,7 +199,7 @@ def answer(job: ForgetJob, run: Run) -> None:
     )
 
 
-def _request(job: ForgetJob, run: Run, train: Manifest) -> tuple[tuple[int, ...], Stage]:
+def _request(job: ForgetJob, run: Run, train: Manifest, before: list[str]) -> tuple[tuple[int, ...], Stage]:
     import hashlib
 
     from labelmill.data import store
@@ -179,7 +208,7 @@ def _request(job: ForgetJob, run: Run, train: Manifest) -> tuple[tuple[int, ...]
     if file and not store.exists(file):
         raise JobError(f"request.file {file}: no such file.")
     sources = [hashlib.sha256(store.read_bytes(file)).hexdigest()] if file else []
-    masks = run.stage("request", take_request, request=job.request, train=train, sources=sources)
+    masks = run.stage("request", take_request, request=job.request, train=train, sources=sources, before=before)
     return tuple(masks["classes"]), masks
 
 

@@ -110,6 +110,12 @@ class RemoveClasses(Method):
     neighbours: int = Field(8, ge=1, description="nearest classes of a removed one whose samples take part in that")
 
 
+class Sisa(Method):
+    """The constituents that saw a forgotten sample learn again, from the last slice without one (Bourtoule et al., S&P 2021)."""
+
+    kind: Literal["sisa"] = "sisa"
+
+
 MethodConfig = Annotated[
     Retrain
     | Finetune

@@ -20,13 +20,17 @@ from torch.nn import functional as F
 
 from labelmill import __version__
 from labelmill.data.keys import key_hashes
+from labelmill.data.manifest import Manifest
 from labelmill.data.stream import Batch
 from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, JobError
+from labelmill.heads.config import HeadConfig
 from labelmill.heads.ranks import Ranks
 from labelmill.heads.source import open_rows
 from labelmill.job import StrictModel
-from labelmill.stages import second_name
+from labelmill.run import Run
+from labelmill.stages import Fitted, Stage, second_name
+from labelmill.tracking import registry
 from labelmill.tracking.model import ModelSpec, check_file, read_spec, write_model
 from labelmill.training.config import TrainConfig
 from labelmill.training.initial import HeadStart
@@ -286,3 +290,39 @@ def write_package(
         extra=dict(spec.extra) | dict(extra or {}),
     )
     return folder
+
+
+def package_fit(
+    folder: Path, fitted: Fitted, data: Manifest, encoder: Any, head: HeadConfig, extra: Mapping[str, Any]
+) -> Path:
+    """The package of a classifier fresh from training."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for entry in fitted.head_shards("classes"):
+        second_name(fitted.folder / "export" / "head-classes" / entry["file"], folder / entry["file"])
+    kind: Any = data.fields[encoder.field].kind
+    bare = pa.table({"name": [str(i) for i in range(data.label.num_classes or 0)]})
+    write_model(
+        folder,
+        encoder=build_encoder(encoder),
+        input_kind=kind,
+        input_shape=data.fields[encoder.field].shape if kind == "array" else None,
+        classes=data.load_classes() if data.classes else bare,
+        state=fitted.dense("encoder."),
+        normalized=head.normalize,
+        scale=head.scale,
+        label_form=data.label.form,
+        manifest_digest=data.digest,
+        code_version=__version__,
+        extra=extra,
+    )
+    return folder
+
+
+def register_version(
+    run: Run, folder: Path, name: str, made: Stage, tags: dict[str, str], parents: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Stage: the registry entry of the package that another stage left."""
+    version = registry.register(run.tracker, made.folder / made["package"], name, tags=tags, parents=parents)
+    run.progress.line(f"registered {name} version {version}, alias candidate")
+    return {"name": name, "version": str(version)}

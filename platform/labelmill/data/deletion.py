@@ -154,7 +154,7 @@ class Deletion:
     Attributes:
         request: as it was asked.
         data: digest of the manifest that it was resolved against.
-        forget, retain: masks over the stream; together all samples.
+        forget, retain: masks over the stream; together all samples that weren't forgotten before.
         classes: class ids of which no sample is retained; None when labels don't say.
     """
 
@@ -182,7 +182,7 @@ class Deletion:
         folder.mkdir(parents=True, exist_ok=True)
         old = folder / REQUEST
         if salt is None and old.is_file():
-            salt = json.loads(old.read_text(encoding="utf-8"))["salt"]
+            salt = _content(folder)["salt"]
         salt = salt or secrets.token_hex(16)
         leaves = b"".join(sorted(_leaf(salt, key) for key in self.keys(manifest)))
         content = {
@@ -200,33 +200,46 @@ class Deletion:
         return request_digest(folder)
 
 
-def resolve(request: IdsRequest | WhereRequest | ClassesRequest, manifest: Manifest) -> Deletion:
+def resolve(
+    request: IdsRequest | WhereRequest | ClassesRequest, manifest: Manifest, before: KeepRows | None = None
+) -> Deletion:
     """Finds the samples of a request.
+
+    Args:
+        before: what the model was made to forget earlier: neither retained nor forgotten again.
 
     Raises DataError: an id that isn't there or is named twice (the first five are named), a class or field that isn't
     there, a request that no sample or every sample meets.
     """
     forget = request.forget(manifest)
-    if forget.samples == manifest.num_samples:
+    shards = range(len(manifest.shards))
+    gone = [before.mask(i) if before else np.zeros(int(forget.shard_samples[i]), bool) for i in shards]
+    retain = [~forget.mask(i) & ~gone[i] for i in shards]
+    if before:
+        asked = [forget.mask(i) & ~gone[i] for i in shards]
+        if not any(mask.any() for mask in asked):
+            raise DataError(
+                f"the request names {forget.samples} sample(s), all of which the model has forgotten before."
+            )
+        forget = KeepRows.of(asked, manifest.digest, forget.about)
+    if not any(mask.any() for mask in retain):
         raise DataError(
             f"the request names all {forget.samples} samples of data set {manifest.name!r}: nothing is left to retain. "
             "Retire the model instead (labelmill models revoke)."
         )
-    shards = range(len(manifest.shards))
-    retain = KeepRows.of((~forget.mask(i) for i in shards), manifest.digest, {"rule": "retain"})
-    return Deletion(request, manifest.digest, forget, retain, _gone(manifest, forget))
+    kept = KeepRows.of(retain, manifest.digest, {"rule": "retain"})
+    return Deletion(request, manifest.digest, forget, kept, _gone(manifest, forget, kept))
 
 
-def _gone(manifest: Manifest, forget: KeepRows) -> tuple[int, ...] | None:
+def _gone(manifest: Manifest, forget: KeepRows, retain: KeepRows) -> tuple[int, ...] | None:
     if manifest.label.form != "single" or manifest.label.num_classes is None:
         return None
     kept_C = np.zeros(manifest.label.num_classes, np.int64)
     gone_C = np.zeros_like(kept_C)
     for i in range(len(manifest.shards)):
         label_B = read_labels(manifest, i).column("label").to_numpy()
-        mask_B = forget.mask(i)
-        gone_C += np.bincount(label_B[mask_B], minlength=len(gone_C))
-        kept_C += np.bincount(label_B[~mask_B], minlength=len(kept_C))
+        gone_C += np.bincount(label_B[forget.mask(i)], minlength=len(gone_C))
+        kept_C += np.bincount(label_B[retain.mask(i)], minlength=len(kept_C))
     return tuple(np.flatnonzero((gone_C > 0) & (kept_C == 0)).tolist())
 
 
@@ -258,6 +271,21 @@ def request_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def requested_rows(folders: Sequence[Path], manifest: Manifest) -> KeepRows | None:
+    """The samples of a data set that kept requests against it name; None if there are none."""
+    known = [folder for folder in folders if _content(folder)["data"] == manifest.digest]
+    masks = []
+    for i in range(len(manifest.shards) if known else 0):
+        keys = read_labels(manifest, i).column("key").to_pylist()
+        masks.append(np.logical_or.reduce([list(contains(folder, keys).values()) for folder in known]))
+    return KeepRows.of(masks, manifest.digest, {"rule": "forgotten before"}) if any(m.any() for m in masks) else None
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    return content
+
+
 def contains(folder: Path, keys: Sequence[str], digest: str = "") -> dict[str, bool]:
     """Whether each id was among those that were forgotten, by the kept request alone.
 
@@ -266,7 +294,7 @@ def contains(folder: Path, keys: Sequence[str], digest: str = "") -> dict[str, b
     found = request_digest(folder)
     if digest and found != digest:
         raise DataError(f"{folder}: this is request {found[:12]}..., not {digest[:12]}...")
-    salt: Any = json.loads((folder / REQUEST).read_text(encoding="utf-8"))["salt"]
+    salt = _content(folder)["salt"]
     leaves = np.frombuffer((folder / LEAVES).read_bytes(), dtype=f"V{_LEAF}")
     known = {bytes(leaf) for leaf in leaves}
     return {key: _leaf(salt, key) in known for key in keys}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from labelmill.encoders.base import Encoder, Prepared, prepared_rows, slice_prepared, to_device
+from labelmill.encoders.ensemble import Ensemble, EnsembleConfig
 from labelmill.encoders.hashing import sample_keys
 from labelmill.encoders.library import HfImage, HfImageConfig, HfText, HfTextConfig
 from labelmill.encoders.linear import LinearConfig, LinearProjection, Pixels, PixelsConfig
@@ -41,7 +42,7 @@ _LIBRARY: dict[type[StrictModel], Any] = {HfImageConfig: HfImage, HfTextConfig: 
 KINDS: tuple[str, ...] = tuple(c.model_fields["kind"].default for c in (*_CLASSES, *_LIBRARY))
 
 
-def build_encoder(config: AnyEncoderConfig | Mapping[str, Any], root: Path | None = None) -> Encoder:
+def build_encoder(config: AnyEncoderConfig | EnsembleConfig | Mapping[str, Any], root: Path | None = None) -> Encoder:
     """The encoder a config describes, with fresh (or, for a library `path`, loaded) weights.
 
     Seed torch before the call: the weights come from its global generator. `root` is the folder that relative
@@ -49,6 +50,8 @@ def build_encoder(config: AnyEncoderConfig | Mapping[str, Any], root: Path | Non
     """
     if isinstance(config, Mapping):
         config = _parse(config)
+    if isinstance(config, EnsembleConfig):  # of packages alone: no job trains one
+        return Ensemble(config, [build_encoder(config.member, root) for _ in range(config.members)])
     if type(config) in _LIBRARY:
         return _LIBRARY[type(config)](config, root)
     if type(config) not in _CLASSES:
@@ -59,8 +62,10 @@ def build_encoder(config: AnyEncoderConfig | Mapping[str, Any], root: Path | Non
         raise JobError(f"encoder {config.kind!r}: {error}") from error
 
 
-def _parse(options: Mapping[str, Any]) -> AnyEncoderConfig:
+def _parse(options: Mapping[str, Any]) -> AnyEncoderConfig | EnsembleConfig:
     kind = options.get("kind")
+    if kind == "ensemble":
+        return EnsembleConfig.model_validate(dict(options))
     if kind not in KINDS:
         raise JobError(f"encoder.kind: unknown encoder {kind!r}.{did_you_mean(str(kind), KINDS)}")
     adapter: TypeAdapter[AnyEncoderConfig] = TypeAdapter(EncoderConfig)
@@ -77,6 +82,8 @@ __all__ = [
     "CharNgramsConfig",
     "Encoder",
     "EncoderConfig",
+    "Ensemble",
+    "EnsembleConfig",
     "HfImage",
     "HfImageConfig",
     "HfText",

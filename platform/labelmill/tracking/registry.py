@@ -209,6 +209,34 @@ def load_version(client: MlflowClient, ref: str) -> ModelVersion:
     return replace(version, metrics=metrics, data=data)
 
 
+def fetch_artifacts(
+    config: TrackingConfig,
+    output_dir: str | Path,
+    version: ModelVersion,
+    name: str,
+    into: Path,
+    missing_ok: bool = False,
+) -> Path | None:
+    """A folder of the artifacts of the run that made a version, copied below `into`.
+
+    Raises TrackingError when the run keeps nothing under that name; with `missing_ok` gives None then.
+    """
+    from mlflow.exceptions import MlflowException
+
+    into.mkdir(parents=True, exist_ok=True)
+    with client_env(Store.of(config, output_dir)) as client:
+        try:
+            if name in {entry.path for entry in client.list_artifacts(version.run_id)}:
+                return Path(client.download_artifacts(version.run_id, name, str(into)))
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"{version.name}/{version.version}: its run's {name!r} can't be read: {error}"
+            ) from error
+    if missing_ok:
+        return None
+    raise TrackingError(f"{version.name}/{version.version}: its run keeps no {name!r} any more.")
+
+
 def resolve(config: TrackingConfig, output_dir: str | Path, ref: str) -> ModelVersion:
     """The version a reference means. Raises TrackingError that names what there is when it means none."""
     with client_env(Store.of(config, output_dir)) as client:

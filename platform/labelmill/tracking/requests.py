@@ -12,12 +12,14 @@ from labelmill.data.manifest import Manifest, load_manifest
 from labelmill.errors import DataError, TrackingError
 from labelmill.job import TrackingConfig
 from labelmill.tracking.config import Store, client_env
-from labelmill.tracking.registry import DataInput, ModelVersion, load_version
+from labelmill.tracking.registry import DataInput, ModelVersion, fetch_artifacts, load_version
 
 REQUEST = "labelmill.request"
 """Tag of a version that answers a deletion request: its digest."""
 FOLDER = "request"
 """Artifact folder of the run, with the kept request."""
+EARLIER = "earlier_requests"
+"""Artifact folder with the requests that the parents answered, one a subfolder: versions may be deleted."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +74,30 @@ def _open(known: DataInput, given: str | None, where: str) -> Manifest:
     return found
 
 
+def fetch_requests(config: TrackingConfig, output: str | Path, version: ModelVersion, into: Path) -> list[Path]:
+    """The kept requests that a version answers, its own first; then those that it inherited. Empty for a plain version.
+
+    Raises TrackingError when they are gone.
+    """
+    if not version.tags.get(REQUEST):
+        return []
+    own = fetch_artifacts(config, output, version, FOLDER, into)
+    assert own is not None, "its tag says that there is one"
+    earlier = fetch_artifacts(config, output, version, EARLIER, into, missing_ok=True)
+    return [own, *(sorted(path for path in earlier.iterdir() if path.is_dir()) if earlier else ())]
+
+
 def forgotten(config: TrackingConfig, output: str | Path, ref: str, keys: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """Whether ids were among those that a version was made to forget; and the request's digest, from the version's tag.
+    """Whether ids were among those that a version, or one it was made from, was made to forget; and its request's digest.
 
     Raises TrackingError for a version that answers no request or whose request is gone, DataError for a changed one.
     """
-    from mlflow.exceptions import MlflowException
-
-    with client_env(Store.of(config, output)) as client, TemporaryDirectory() as folder:
+    with client_env(Store.of(config, output)) as client:
         version = load_version(client, ref)
-        digest = version.tags.get(REQUEST, "")
-        if not digest:
-            raise TrackingError(f"{version.name}/{version.version} doesn't answer a deletion request.")
-        try:
-            place = client.download_artifacts(version.run_id, FOLDER, folder)
-        except (MlflowException, OSError) as error:
-            raise TrackingError(
-                f"{version.name}/{version.version}: its run keeps no request any more: {error}"
-            ) from error
-        return contains(Path(place), keys, digest), digest
+    digest = version.tags.get(REQUEST, "")
+    if not digest:
+        raise TrackingError(f"{version.name}/{version.version} doesn't answer a deletion request.")
+    with TemporaryDirectory() as folder:
+        own, *earlier = fetch_requests(config, output, version, Path(folder))
+        found = [contains(own, keys, digest), *(contains(place, keys) for place in earlier)]
+    return {key: any(one[key] for one in found) for key in keys}, digest

@@ -1,6 +1,6 @@
-"""Methods of unlearning on a part of Fashion-MNIST: python ci/experiments/unlearning.py [class random noisy]
+"""Methods of unlearning on a part of Fashion-MNIST: python ci/experiments/unlearning.py [class random noisy sisa]
 
-2,000 training samples, pictures of 14 x 14, a small convolutional net; less than an hour of one core in all. Every method,
+2,000 training samples, a perceptron 784-256-64; less than an hour of one core in all. Every method,
 LAF and the simplest baseline alike, has four settings to choose from. They are tried with a seed of its own on a dev part of
 the training set, by the gap to retraining; the test set is only looked at with the other seeds, in the end.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from noisy import FASHION, SEEDS, TUNING_SEED, dev_part, train_part
-from study import Metrics, best, run, table, write
+from study import ROOT, Metrics, best, run, table, write
 
+from labelmill.data.manifest import load_manifest
+from labelmill.data.shards import read_labels
 from labelmill.evaluation.forgetting import interval
-from workloads.unlearning.compare import file_name
+from workloads.unlearning.audit import file_name
+from workloads.unlearning.task import unit
 
 SAMPLES = 2000
+PARTS = ROOT / "data" / "experiments" / "unlearning"
 BATCH: dict[str, Any] = {"global_batch": 64, "log_every": 100}
 CONSTANT = {"schedule": "constant", "warmup": 0.0}
 Setting = dict[str, Any]
@@ -39,8 +45,8 @@ def laf(rate: float, epochs: float, temperature: float, unlearn_rate: float = 0.
 
 
 def repaired(rate: float, layers: int, temperature: float) -> Setting:
-    """LAF+R: its repair is what is chosen."""
-    return laf(1e-4, 40, temperature) | {"repair": budget(rate, 1)["train"], "repair_layers": layers}
+    """LAF+R: `layers` learn in the repair, 0: all."""
+    return laf(rate, 20, temperature) | {"repair": budget(0.002, 1)["train"], "repair_layers": layers}
 
 
 def trials(task: str) -> dict[str, list[Setting]]:
@@ -49,7 +55,7 @@ def trials(task: str) -> dict[str, list[Setting]]:
     rates = (0.0001, 0.0005, 0.001, 0.002)
     arms: dict[str, list[Setting]] = {
         "LAF": [laf(rate, epochs, temperature) for rate, epochs in product((1e-4, 5e-4), (20, 40))],
-        "LAF+R": [repaired(rate, layers, temperature) for rate, layers in product((0.0005, 0.002), (1, 0))],
+        "LAF+R": [repaired(rate, layers, temperature) for rate, layers in product((1e-4, 5e-4), (1, 0))],
         "fine-tuning": [
             {"kind": "finetune"} | budget(rate, epochs) for rate, epochs in product((0.0005, 0.002), (3, 10))
         ],
@@ -197,14 +203,87 @@ def cell(values: list[float], digits: int) -> str:
 
 def told(setting: Setting) -> str:
     """A setting in words."""
-    train, repair = setting["train"], setting.get("repair")
+    train = setting["train"]
     own = [f"{k} {v}" for k, v in setting.items() if k not in ("kind", "train", "repair", "group")]
-    own += [f"repair rate {repair['learning_rate']}"] if repair else []
     return ", ".join([f"rate {train['learning_rate']}, {train['epochs']:g} epochs", *own])
 
 
-STUDIES = ("class", "random", "noisy")
+# --- SISA ------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"one model": (1, 1), "4 x 3": (4, 3), "8 x 3": (8, 3)}
+"""Shards and slices."""
+DELETED = (1, 10, 100)
+
+
+def sisa_run(name: str, layout: str, seed: int, test: Path, rate: float, epochs: int, **more: Any) -> Metrics:
+    """A training with shards and slices."""
+    shards, slices = LAYOUTS[layout]
+    return run(
+        "unlearning/jobs/sisa-fashion.yaml",
+        f"unlearning-sisa-{file_name(layout)}-{name}",
+        data={"train": str(train_part(SAMPLES)), "test": str(test)},
+        sisa={"shards": shards, "slices": slices},
+        train=BATCH | {"learning_rate": rate, "epochs": epochs},
+        seed=seed,
+        **more,
+    )
+
+
+def sisa() -> None:
+    """What shards and slices cost in accuracy, and what they save when samples are deleted."""
+    data = load_manifest(str(train_part(SAMPLES)))
+    keys = [key for i in range(len(data.shards)) for key in read_labels(data, i).column("key").to_pylist()]
+    rows, settings = [], []
+    for layout in LAYOUTS:
+        dev = {
+            (rate, epochs): sisa_run(
+                f"tune-{rate}-{epochs}", layout, TUNING_SEED, dev_part(), rate, epochs, register_as=None
+            )["test/top1"]
+            for rate, epochs in product((0.002, 0.005), (15, 45))
+        }
+        rate, epochs = best(dev)
+        settings.append([layout, f"rate {rate}, {epochs} epochs", ", ".join(f"{100 * v:.1f}" for v in dev.values())])
+        found: dict[str, list[float]] = {}
+        for seed in SEEDS:
+            model = f"sisa-{file_name(layout)}-{seed}"
+            made = sisa_run(f"s{seed}", layout, seed, FASHION / "test", rate, epochs, register_as=model)
+            found.setdefault("test", []).append(100 * made["test/top1"])
+            found.setdefault("a constituent", []).append(100 * made["test/constituents"])
+            for count in DELETED:
+                forgot = delete(model, f"{file_name(layout)}-{count}-s{seed}", keys, count, seed)
+                found.setdefault(f"{count} deleted: turns", []).append(forgot["forget/turns"])
+                found.setdefault(f"cost of {count}", []).append(forgot["forget/share"])
+        rows.append([layout, *(cell(values, 1) for values in found.values())])
+    text = [
+        *("percent, cost of training all turns; mean and half width of the 95 % interval", ""),
+        *(table(["shards x slices", *found], rows), ""),
+        table(["shards x slices", "chosen on the dev part", "dev of the four"], settings),
+    ]
+    write("unlearning", "sisa", "\n".join(text))
+
+
+def delete(model: str, name: str, keys: list[str], count: int, seed: int) -> Metrics:
+    """A request for `count` samples, drawn by their keys."""
+    PARTS.mkdir(parents=True, exist_ok=True)
+    file = PARTS / f"delete-{count}-{seed}.txt"
+    file.write_text("\n".join(sorted(keys, key=lambda key: unit(key, f"delete|{seed}"))[:count]) + "\n")
+    return run(
+        "unlearning/jobs/forget-ids.yaml",
+        f"unlearning-sisa-delete-{name}",
+        model=f"{model}/1",
+        request={"kind": "ids", "file": str(file)},
+        method={"kind": "sisa"},
+        train=BATCH | {"epochs": 1},  # the recipe is that of the model
+        reference=False,
+        audit={"samples": 600, "attacks": []},
+    )
+
+
+STUDIES: dict[str, Callable[[], None]] = {
+    **{task: partial(study, task) for task in ("class", "random", "noisy")},
+    "sisa": sisa,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or STUDIES:
-        study(name)
+        STUDIES[name]()

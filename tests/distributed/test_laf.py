@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -97,3 +98,17 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     run(1, str(tmp_path), str(tmp_path / "still"), 1e-12, 0)
     still = Fitted(tmp_path / "still").dense("encoder.")["weight_DI"]
     torch.testing.assert_close(still, teacher, atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_gives_the_same_model(tmp_path: Path, stage: int) -> None:
+    prepare(tmp_path)
+    one = spawn(train, 1, str(tmp_path), str(tmp_path / "one"), 0.01, stage)[0]
+    two = spawn(train, 2, str(tmp_path), str(tmp_path / "two"), 0.01, stage)[0]
+    plain = spawn(train, 1, str(tmp_path), str(tmp_path / "plain"), 0.01, 0)[0]
+    for losses in (one, two):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), atol=1e-4, rtol=1e-4)
+    want = Fitted(tmp_path / "plain").dense("encoder.")["weight_DI"]
+    for name in ("one", "two"):
+        torch.testing.assert_close(Fitted(tmp_path / name).dense("encoder.")["weight_DI"], want, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,7 @@ from rich.console import Console
 from labelmill import api
 from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec
+from labelmill.data.selection import load_selection
 from labelmill.data.writer import ShardWriter
 
 CLASSES, WIDTH = 4, 8
@@ -72,6 +73,9 @@ METHODS: dict[str, Any] = {
 }
 
 
+RELEARN = BUDGET | {"epochs": None, "steps": 40, "learning_rate": 0.01, "evaluate_every": 2}
+
+
 def test_all_methods_beside_retraining(tmp_path: Path) -> None:
     job = SMALL | {
         "workload": "unlearning.compare",
@@ -84,7 +88,7 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
         "seeds": [0],
         "methods": METHODS,
         "budget": BUDGET,
-        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold", "logistic"], "shadows": 2},
+        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold", "logistic"], "shadows": 2, "relearn": RELEARN},
     }
     report, _ = run(tmp_path, job)
     found = report.metrics
@@ -102,19 +106,49 @@ def test_all_methods_beside_retraining(tmp_path: Path) -> None:
     assert 0 <= found["bad-teacher/zrf"] <= 1
     assert 20 < found["retrain/mia_lira_auc"] < 80
     assert not any(math.isnan(value) for value in report.metrics.values())
+    assert found["original/relearn"] == 2, "it knows them: at the first look"
+    assert found["retrain/relearn"] > 2, "it has to learn them first"
+    assert "relearn" in report.tables["versions"].columns
+
+
+@pytest.mark.slow
+def test_shadow_models_are_trials_of_ray_tune(tmp_path: Path) -> None:
+    """On a Ray cluster the shadow models come from a search, and their answers are those of trainings in process."""
+    job = SMALL | {
+        "workload": "unlearning.compare",
+        "data": {"train": str(blobs(tmp_path / "train", 400, 0)), "test": str(blobs(tmp_path / "test", 200, 1))},
+        "task": {"kind": "random", "ids": [0, 1], "rate": 0.4},
+        "seeds": [0],
+        "methods": {"finetune": {"kind": "finetune"}},
+        "budget": BUDGET,
+        "audit": {"samples": 200, "splits": 1, "attacks": ["threshold"], "shadows": 3},
+        "tracking": {"system_metrics": False},
+    }
+    here, _ = run(tmp_path, job | {"name": "here"})
+    ray, text = run(tmp_path, job | {"name": "ray", "cluster": {"workers": 1, "read_cpus": 0.25}})
+    assert "3 trainings, by Ray Tune" in text
+    trials = sorted((tmp_path / "runs" / "ray-shadows-s0" / "search" / "trials").iterdir())
+    assert len(trials) == 3
+    for name in ("original", "retrain", "finetune"):
+        for measure in ("mia_lira_auc", "mia_lira_tpr"):
+            assert ray.metrics[f"{name}/{measure}"] == pytest.approx(here.metrics[f"{name}/{measure}"], abs=0.5)
 
 
 # --- the registry flow -----------------------------------------------------------------------------------------------
 
 
-def registered(folder: Path) -> dict[str, Any]:
-    """A registered classifier over blobs, champion of `blobs`."""
-    job = SMALL | {
-        "workload": "discrimination.partial_fc",
-        "name": "original",
-        "data": {"train": str(blobs(folder / "train", 400, 0)), "test": str(blobs(folder / "test", 200, 1))},
-        "register_as": "blobs",
-    }
+def registered(folder: Path, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A registered classifier over blobs, champion of `blobs`; `more`: sections of its job."""
+    job = (
+        SMALL
+        | (more or {})
+        | {
+            "workload": "discrimination.partial_fc",
+            "name": "original",
+            "data": {"train": str(blobs(folder / "train", 400, 0)), "test": str(blobs(folder / "test", 200, 1))},
+            "register_as": "blobs",
+        }
+    )
     run(folder, job)
     api.promote("blobs", output=folder / "runs")
     return {
@@ -194,17 +228,49 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     assert report.metrics["audit/test_r"] > 85
     third = registry.resolve(config, output, "blobs@candidate")
     assert third.parents == ("blobs/2",)
+    # it also answers for the request before, whose samples didn't come back
+    assert forgotten(config, output, "blobs/3", ["user-7/s00007", "user-3/s00003", "user-1/s00001"])[0] == {
+        "user-7/s00007": True,
+        "user-3/s00003": True,
+        "user-1/s00001": False,
+    }
+    (made,) = (output / "class" / "stages").glob("request-*")
+    assert load_selection(str(made / "retain.arrow")).samples == 400 - 20 - 95
 
     # what can't be done is said before anything trains
     for wrong, error, message in (
         ({"request": {"kind": "ids", "file": "nowhere.txt"}}, JobError, "nowhere.txt: no such file"),
-        ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 400 samples"),
+        ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 380 samples"),
         ({"request": whole, "model": "blobs/3", "method": {"kind": "retrain"}}, JobError, "classes were removed"),
         ({"request": by_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
         ({"request": by_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
     ):
         with pytest.raises(error, match=message):
             run(tmp_path, job | {"name": "wrong"} | wrong)
+
+
+@pytest.mark.slow
+def test_laf_leaves_the_shards_of_a_head_alone(tmp_path: Path) -> None:
+    """Two Ray workers hold half of the classes each; LAF and its audit run on them, and the row files stay as they are."""
+    cluster = {"cluster": {"workers": 2, "cpus_per_worker": 0.5, "read_cpus": 0.25}}
+    job = registered(tmp_path, cluster)
+    method = {"latent": 2, "vae_epochs": 3}
+    train = BUDGET | {"epochs": 20, "learning_rate": 0.01, "schedule": "constant", "zero_stage": 2}
+    laf = {"workload": "unlearning.laf", "method": method, "train": train, "request": {"kind": "classes", "ids": [0]}}
+    report, text = run(tmp_path, job | laf | cluster | {"reference": False})
+    assert "labels are dropped" in text
+    (made,) = (tmp_path / "runs" / "forget" / "stages").glob("forget-*")
+    (parent,) = (tmp_path / "runs" / "forget" / "stages").glob("parent-*")
+    rows = sorted(path.name for path in (parent / "model").glob("rows-*.safetensors"))
+    assert len(rows) == 2, "a file a worker"
+    for name in rows:
+        assert (made / "model" / name).read_bytes() == (parent / "model" / name).read_bytes()
+    encoder = "encoder.safetensors"
+    assert (made / "model" / encoder).read_bytes() != (parent / "model" / encoder).read_bytes()
+    names = {column: i for i, column in enumerate(report.tables["audit"].columns)}
+    before = {row[0]: row[names["parent"]] for row in report.tables["audit"].rows}
+    assert report.metrics["audit/train_f"] < before["train_f"] - 20
+    assert report.metrics["audit/test_r"] > before["test_r"] - 10
 
 
 def test_the_walk_through_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "ci" / "experiments"))
 
 import noisy  # noqa: E402
 import study  # noqa: E402
+import unlearning  # noqa: E402
 
 
 def test_tables_of_seeds() -> None:
@@ -66,3 +67,30 @@ def test_every_job_of_a_study_is_valid(monkeypatch: pytest.MonkeyPatch, name: st
         assert any(run.endswith(f"-s{seed}") for run in started)
     (text,) = texts
     assert "50.0 ± 0.0" in text
+
+
+@pytest.mark.parametrize("name", unlearning.STUDIES)
+def test_every_job_of_an_unlearning_study_is_valid(
+    monkeypatch: pytest.MonkeyPatch, make_text_data: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    started: list[str] = []
+    texts: list[str] = []
+    validate = check(started)
+
+    def run(job: str, name: str, **settings: Any) -> Any:
+        metrics = validate(job, name, **settings)
+        versions = ["original", "retrain", *map(unlearning.file_name, settings.get("methods", ()))]
+        return metrics | {f"{version}/{column}": 0.5 for version in versions for column in unlearning.COLUMNS.values()}
+
+    monkeypatch.setattr(unlearning, "run", run)
+    monkeypatch.setattr(unlearning, "PARTS", tmp_path)
+    monkeypatch.setattr(noisy, "cut", lambda source, out, start, stop: out)
+    monkeypatch.setattr(unlearning, "load_manifest", lambda path: make_text_data(120, 50))
+    monkeypatch.setattr(unlearning, "write", lambda family, study, text: texts.append(text))
+    unlearning.STUDIES[name]()
+    assert len(set(started)) == len(started) > 3, "runs don't overwrite each other"
+    (text,) = texts
+    assert "0.5 ± 0.0" in text or "50.0 ± 0.0" in text
+    if name != "sisa":
+        numbers = {len(settings) for settings in unlearning.trials(name).values()}
+        assert numbers == {4}, "every method has as many settings to choose from"

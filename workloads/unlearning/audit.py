@@ -8,7 +8,7 @@ Shape legend: N samples, B samples of this rank, C classes, K best classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -255,7 +255,7 @@ def audit(
 
 
 def shadow_attack(
-    said: Mapping[str, Said], shadows: list[Mapping[str, Said]], inside: list[np.ndarray]
+    said: Mapping[str, Said], shadows: Sequence[Mapping[str, Said]], inside: list[np.ndarray]
 ) -> dict[str, float]:
     """The offline likelihood-ratio attack on forgotten samples against test samples of their classes.
 
@@ -291,10 +291,8 @@ class _Relearn(FinetuneUnlearner):
         return Losses(self.cross_entropy(self.model(batch.inputs), batch.labels.single_B, batch.weight_B > 0))
 
 
-def relearn(
-    run: Run, folder: Path, package: Path, forget: StreamSpec, config: TrainConfig, wanted: float
-) -> int | None:
-    """Steps of fine-tuning on forgotten samples until their accuracy is `wanted`; None if it never is.
+def relearn(run: Run, folder: Path, package: Path, forget: StreamSpec, config: TrainConfig, wanted: float) -> int:
+    """Steps of fine-tuning on forgotten samples until their accuracy is `wanted`; all of the budget if it never is.
 
     Steps are measured `config.evaluate_every` apart. Raises JobError without that.
     """
@@ -304,7 +302,44 @@ def relearn(
     objective = partial(_Relearn, str(package.resolve()), hashes, None, 0)
     fitted = run.fit(folder, objective, forget, config, evaluate=forget)
     seen = {int(h["step"]): h["eval/top1"] for h in fitted.history if "eval/top1" in h}
-    return relearn_steps(seen, wanted)
+    found = relearn_steps(seen, wanted)
+    return config.total_steps(forget.epoch_samples) if found is None else found
+
+
+def relearn_version(
+    run: Run, folder: Path, version: Stage, forget: StreamSpec, config: TrainConfig, wanted: float
+) -> dict[str, Any]:
+    """Stage: how many steps until what was forgotten is known again."""
+    package = version.folder / version.values.get("package", "model")
+    return {"steps": relearn(run, folder, package, forget, config, wanted)}
+
+
+def relearning(
+    run: Run, section: AuditSection, versions: Mapping[str, Stage], forget: StreamSpec, known_f: float, tag: str = ""
+) -> dict[str, float]:
+    """Version -> steps of relearning; `known_f` is the original's accuracy on the forgotten samples, in percent.
+
+    Nothing without `audit.relearn`; versions without the rows of some classes can't learn them and are left out.
+    """
+    out = {}
+    for name, version in versions.items() if section.relearn else ():
+        package = version.folder / version.values.get("package", "model")
+        if "trained_id" not in package_classes(package).column_names:
+            stage = run.stage(
+                f"relearn-{file_name(name)}{tag}",
+                relearn_version,
+                version=version,
+                forget=forget,
+                config=section.relearn,
+                wanted=section.relearn_share * known_f / 100,
+            )
+            out[name] = float(stage["steps"])
+    return out
+
+
+def file_name(name: str) -> str:
+    """A version's name as stages and metrics have it."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from labelmill.data.config import StreamConfig
 from labelmill.data.deletion import RequestConfig, requested_rows, resolve
@@ -61,6 +61,12 @@ class ForgetJob(TrainJob):
     data: ForgetData = ForgetData()
     audit: AuditSection = AuditSection()
     reference: bool = Field(True, description="retrain as well, to measure gaps; costs what training costs")
+
+    @model_validator(mode="after")
+    def _shadows_are_for_comparisons(self) -> ForgetJob:
+        if self.audit.shadows:
+            raise ValueError("audit.shadows: unlearning.compare trains shadow models; leave it out here")
+        return self
 
 
 class LafJob(ForgetJob):
@@ -179,7 +185,8 @@ def answer(job: ForgetJob, run: Run) -> None:
     run.report.metrics |= {f"audit/{k}": v for k, v in found.items() if not math.isnan(v)}
     run.report.metrics |= {"request/samples": float(masks["samples"]), "forget/seconds": made["seconds"]}
     if "trained" in made.values:
-        run.report.metrics["forget/turns"] = float(made["trained"])
+        share = 100 * made["seconds"] / max(made["all_seconds"], 1e-9)
+        run.report.metrics |= {"forget/turns": float(made["trained"]), "forget/share": share}
         run.progress.line(f"{made['trained']} of {made['of']} turns were trained again")
     tags = {
         "workload": job.workload,
@@ -242,6 +249,8 @@ def _audit(
     values = {
         name: audits.audit(said[name], classes, job.audit, num_classes, reference, said["random"]) for name in versions
     }
+    for name, steps in audits.relearning(run, job.audit, versions, forget, values["parent"]["train_f"]).items():
+        values[name]["relearn"] = steps
     if "retrain" in versions:
         seconds = versions["retrain"]["seconds"]
         values[job.method.kind]["time"] = 100 * versions[job.method.kind]["seconds"] / max(seconds, 1e-9)

@@ -223,8 +223,9 @@ def resolve(
             )
         forget = KeepRows.of(asked, manifest.digest, forget.about)
     if not any(mask.any() for mask in retain):
+        known = " that weren't forgotten before" if before else ""
         raise DataError(
-            f"the request names all {forget.samples} samples of data set {manifest.name!r}: nothing is left to retain. "
+            f"the request names all {forget.samples} samples of data set {manifest.name!r}{known}: nothing is left to retain. "
             "Retire the model instead (labelmill models revoke)."
         )
     kept = KeepRows.of(retain, manifest.digest, {"rule": "retain"})

@@ -62,11 +62,23 @@ def run_search(
 
     Raises UserError kinds for what the caller can mend, before any worker starts where that is possible.
     """
-    console = console or Console()
     method, job = load_job(job_file, list(overrides))
-    raw = _without_secrets(read_job_file(job_file, list(overrides)))
-    if warning := tuned_on_test(check_search(job, raw, method, str(job_file))):
-        console.print(f"{job_file}: {warning} {_OTHER_TEST}", style="yellow", highlight=False, soft_wrap=True)
+    return search_job(method, job, read_job_file(job_file, list(overrides)), str(job_file), fresh, console)
+
+
+def search_job(
+    method: Workload,
+    job: Job,
+    raw: dict[str, Any],
+    source: str,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """`run_search` for a job that isn't in a file: `raw` is what it was validated from, `source` names it in errors."""
+    console = console or Console()
+    raw = _without_secrets(raw)
+    if warning := tuned_on_test(check_search(job, raw, method, source)):
+        console.print(f"{source}: {warning} {_OTHER_TEST}", style="yellow", highlight=False, soft_wrap=True)
     root = Path(job.output) / job.name / "search"
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
@@ -86,7 +98,7 @@ def run_search(
             )
             report.render(console)
             return report
-        return _search(folder, job, raw, method, str(job_file), digest, console)
+        return _search(folder, job, raw, method, source, digest, console)
 
 
 def _clear(root: Path) -> None:

@@ -105,7 +105,7 @@ def go(task: str, name: str, seed: int, test: Path, methods: dict[str, Setting],
     return run(
         f"unlearning/jobs/{task}-fashion.yaml",
         f"unlearning-{task}-{name}",
-        data={"train": str(train_part(SAMPLES)), "test": str(test)},
+        data={"train": str(train_part(SAMPLES)), "test": str(test), "dev": str(dev_part())},
         samples=None,
         seeds=[seed],
         methods=methods,

@@ -7,15 +7,17 @@ revokes the old one.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from labelmill.data import store
 from labelmill.data.config import StreamConfig
 from labelmill.data.deletion import RequestConfig, requested_rows, resolve
 from labelmill.data.manifest import Manifest
@@ -24,6 +26,7 @@ from labelmill.data.spec import StreamSpec
 from labelmill.encoders import build_encoder
 from labelmill.errors import JobError
 from labelmill.run import Run
+from labelmill.serving.package import fetch_package
 from labelmill.stages import Stage
 from labelmill.tracking import registry
 from labelmill.tracking.model import read_spec
@@ -62,10 +65,24 @@ class ForgetJob(TrainJob):
     audit: AuditSection = AuditSection()
     reference: bool = Field(True, description="retrain as well, to measure gaps; costs what training costs")
 
+
+class AuditJob(TrainJob):
+    """Registered versions of one training set, a request, and what each version knows of its samples."""
+
+    workload: Literal["unlearning.audit"]
+    models: tuple[str, ...] = Field(min_length=1, description="NAME/version and so on; the first is the original")
+    reference: str | None = Field(None, description="one of them that never saw the samples: gaps are measured to it")
+    request: RequestConfig
+    data: ForgetData = ForgetData()
+    audit: AuditSection = AuditSection()
+    train: TrainConfig = Field(TrainConfig(global_batch=256, steps=1), description="batches of the passes; none trains")
+
     @model_validator(mode="after")
-    def _shadows_are_for_comparisons(self) -> ForgetJob:
-        if self.audit.shadows:
-            raise ValueError("audit.shadows: unlearning.compare trains shadow models; leave it out here")
+    def _named(self) -> AuditJob:
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("models: each version once")
+        if self.reference is not None and self.reference not in self.models:
+            raise ValueError(f"reference: {self.reference!r} is none of the models")
         return self
 
 
@@ -136,41 +153,75 @@ def fetch_slices(run: Run, folder: Path, version: str) -> dict[str, Any]:
     return {}
 
 
-def answer(job: ForgetJob, run: Run) -> None:
-    """The whole way from the request to the audited candidate."""
-    from labelmill.serving.package import fetch_package
+@dataclass(frozen=True)
+class Asked:
+    """A request against a version.
 
-    version, package = fetch_package(job.tracking, job.output, job.model)
-    source = f"{version.name}/{version.version}"
+    Attributes:
+        classes: forgotten as a whole.
+        masks: the stage with the request.
+        retain, forget, test: streams; `test` is None where no test set is known.
+    """
+
+    classes: tuple[int, ...]
+    masks: Stage
+    retain: StreamSpec
+    forget: StreamSpec
+    test: StreamSpec | None
+    num_classes: int
+
+
+def asked(job: ForgetJob | AuditJob, run: Run, source: str, package: Path, before: Sequence[str] = ()) -> Asked:
+    """Resolves a job's request against the data that a version was trained on, without that of the requests in `before`."""
     known = trained_on(job.tracking, job.output, source, job.data.train, job.data.test)
+    if job.audit.shadows:
+        raise JobError("audit.shadows: unlearning.compare trains shadow models; leave it out here.")
+    file = getattr(job.request, "file", None)
+    if file and not store.exists(file):
+        raise JobError(f"request.file {file}: no such file.")
+    sources = [hashlib.sha256(store.read_bytes(file)).hexdigest()] if file else []
+    more = {"request": job.request, "train": known.train, "sources": sources, "before": list(before)}
+    masks = run.stage("request", take_request, **more)
+    run.progress.line(f"{source}: the request is for {masks['samples']:,} of {known.train.num_samples:,} samples")
+    run.track_data(**{"train": known.train} | ({"test": known.test} if known.test else {}))
     spec = read_spec(package)
     encoder: Any = build_encoder(spec.encoder, root=package).config
+
+    def stream(data: Manifest, mask: str | None) -> StreamSpec:
+        found = job.data.stream(data, spec.field, job.train.global_batch, job.seed, **image_options(encoder))
+        return replace(found, selection=load_selection(str(masks.folder / f"{mask}.arrow"))) if mask else found
+
+    return Asked(
+        tuple(masks["classes"]),
+        masks,
+        stream(known.train, "retain"),
+        stream(known.train, "forget"),
+        stream(known.test, None) if known.test else None,
+        spec.num_classes,
+    )
+
+
+def answer(job: ForgetJob, run: Run) -> None:
+    """The whole way from the request to the audited candidate."""
+    version, package = fetch_package(job.tracking, job.output, job.model)
+    source = f"{version.name}/{version.version}"
     before = run.stage("before", earlier_requests, version=source)
-    classes_, masks = _request(job, run, known.train, [str(before.folder / name) for name in before["requests"]])
-    run.progress.line(f"{source}: {masks['samples']:,} of {known.train.num_samples:,} samples are to be forgotten")
-    sets = {"train": known.train} | ({"test": known.test} if known.test else {})
-    run.track_data(**sets)
+    question = asked(job, run, source, package, [str(before.folder / name) for name in before["requests"]])
+    masks = question.masks
     run.tracker.artifact(masks.folder / FOLDER / "request.json", FOLDER)
     run.tracker.artifact(masks.folder / FOLDER / "leaves.bin", FOLDER)
     for number, place in enumerate(before["requests"]):
         run.tracker.artifact(before.folder / place, f"{EARLIER}/{number}")
 
-    def stream(data: Manifest, mask: str | None) -> StreamSpec:
-        image = image_options(encoder)
-        found = job.data.stream(data, spec.field, job.train.global_batch, job.seed, **image)
-        return replace(found, selection=load_selection(str(masks.folder / f"{mask}.arrow"))) if mask else found
-
-    retain, forget = stream(known.train, "retain"), stream(known.train, "forget")
-    tested = stream(known.test, None) if known.test else None
     original = run.stage("parent", copy_parent, model=str(package))
     shared: dict[str, Any] = {
         "model": str(original.folder / "model"),
-        "retain": retain,
-        "forget": forget,
-        "test": tested,
+        "retain": question.retain,
+        "forget": question.forget,
+        "test": question.test,
         "budget": job.train,
         "seed": job.seed,
-        "classes": classes_,
+        "classes": question.classes,
     }
     more = {}
     if isinstance(job.method, Sisa):
@@ -180,7 +231,8 @@ def answer(job: ForgetJob, run: Run) -> None:
     versions = {"parent": original, job.method.kind: made}
     if job.reference and job.method.kind != "retrain":
         versions["retrain"] = run.stage("retrain", forget_samples, method=Retrain(), **shared)
-    values = _audit(job, run, versions, retain, forget, tested, classes_, spec.num_classes)
+    reference = "retrain" if "retrain" in versions else None
+    values = _audit(job, run, versions, question, reference)
     found = values[job.method.kind]
     run.report.metrics |= {f"audit/{k}": v for k, v in found.items() if not math.isnan(v)}
     run.report.metrics |= {"request/samples": float(masks["samples"]), "forget/seconds": made["seconds"]}
@@ -192,7 +244,7 @@ def answer(job: ForgetJob, run: Run) -> None:
         "workload": job.workload,
         REQUEST: masks["digest"],
         "labelmill.method": job.method.kind,
-        "labelmill.forgot": f"{masks['samples']} of {known.train.num_samples} samples",
+        "labelmill.forgot": f"{masks['samples']} of {question.forget.manifest.num_samples} samples",
     } | {f"audit.{k}": f"{v:.3f}" for k, v in found.items() if not math.isnan(v) and not k.endswith("_ci")}
     run.report.meta |= {"request": masks["digest"], "parent_model": source}
     if (made.folder / SLICES).is_dir():
@@ -206,62 +258,48 @@ def answer(job: ForgetJob, run: Run) -> None:
     )
 
 
-def _request(job: ForgetJob, run: Run, train: Manifest, before: list[str]) -> tuple[tuple[int, ...], Stage]:
-    import hashlib
-
-    from labelmill.data import store
-
-    file = getattr(job.request, "file", None)
-    if file and not store.exists(file):
-        raise JobError(f"request.file {file}: no such file.")
-    sources = [hashlib.sha256(store.read_bytes(file)).hexdigest()] if file else []
-    masks = run.stage("request", take_request, request=job.request, train=train, sources=sources, before=before)
-    return tuple(masks["classes"]), masks
-
-
 def _audit(
-    job: ForgetJob,
-    run: Run,
-    versions: Mapping[str, Stage],
-    retain: StreamSpec,
-    forget: StreamSpec,
-    test: StreamSpec | None,
-    classes: tuple[int, ...],
-    num_classes: int,
+    job: ForgetJob | AuditJob, run: Run, versions: Mapping[str, Stage], question: Asked, reference: str | None
 ) -> dict[str, dict[str, float]]:
     """The table of the report, and the numbers by version."""
-    if test is None:
-        run.report.add_table("audit", ["version", "note"], [[job.method.kind, "no test set: not audited"]])
+    if question.test is None:
+        run.report.add_table("audit", ["version", "note"], [[n, "no test set: not audited"] for n in versions])
         return {name: {} for name in versions}
-    most = job.audit.samples
+    most, first = job.audit.samples, next(iter(versions))
     sets = {
-        "retain": audits.part_of(retain, most),
-        "forget": audits.part_of(forget, most),
-        "test": audits.part_of(test, 3 * most),
+        "retain": audits.part_of(question.retain, most),
+        "forget": audits.part_of(question.forget, most),
+        "test": audits.part_of(question.test, 3 * most),
     }
     said = {}
-    for name, version in {**versions, "random": versions["parent"]}.items():
+    for name, version in {**versions, "random": versions[first]}.items():
         stage = run.stage(
-            f"probe-{name}", probe_version, version=version, sets=sets, config=job.train, random=name == "random"
+            f"probe-{audits.file_name(name)}",
+            probe_version,
+            version=version,
+            sets=sets,
+            config=job.train,
+            random=name == "random",
         )
         said[name] = {part: answers_of(stage.folder, part) for part in sets}
-    reference = said.get("retrain") or (said[job.method.kind] if job.method.kind == "retrain" else None)
+    gold = said[reference] if reference else None
     values = {
-        name: audits.audit(said[name], classes, job.audit, num_classes, reference, said["random"]) for name in versions
+        name: audits.audit(said[name], question.classes, job.audit, question.num_classes, gold, said["random"])
+        for name in versions
     }
-    for name, steps in audits.relearning(run, job.audit, versions, forget, values["parent"]["train_f"]).items():
+    known_f = values[first]["train_f"]
+    for name, steps in audits.relearning(run, job.audit, versions, question.forget, known_f).items():
         values[name]["relearn"] = steps
-    if "retrain" in versions:
-        seconds = versions["retrain"]["seconds"]
-        values[job.method.kind]["time"] = 100 * versions[job.method.kind]["seconds"] / max(seconds, 1e-9)
-    columns = [*COLUMNS, *sorted(k for k in values["parent"] if k.startswith("mia_") and not k.endswith("_ci"))]
+    for name, version in versions.items() if reference else ():
+        values[name]["time"] = 100 * version["seconds"] / max(versions[str(reference)]["seconds"], 1e-9)
+    columns = [*COLUMNS, *sorted(k for k in values[first] if k.startswith("mia_") and not k.endswith("_ci"))]
     shown = [c for c in columns if any(not math.isnan(v.get(c, math.nan)) for v in values.values())]
     rows = [[c, *(round(v.get(c, math.nan), 3) for v in values.values())] for c in shown]
     run.report.add_table(
         "audit",
         ["measure", *values],
         rows,
-        "percent (js_to_retrain and zrf: 0 to 1); closest to retrain is best, also for membership inference (mia)",
+        "percent (js_to_retrain and zrf: 0 to 1); closest to retraining is best, also for membership inference (mia)",
     )
     return values
 
@@ -277,3 +315,22 @@ def forget(job: ForgetJob, run: Run) -> None:
 @workload("unlearning.laf", LafJob, AUDIT_METRICS)
 def forget_without_labels(job: LafJob, run: Run) -> None:
     answer(job, run)
+
+
+@workload("unlearning.audit", AuditJob)
+def audit_versions(job: AuditJob, run: Run) -> None:
+    versions: dict[str, Stage] = {}
+    question: Asked | None = None
+    for ref in job.models:
+        version, package = fetch_package(job.tracking, job.output, ref)
+        source = f"{version.name}/{version.version}"
+        if question is None:
+            question = asked(job, run, source, package)
+        elif read_spec(package).manifest != question.forget.manifest.digest:
+            raise JobError(
+                f"models: {ref} wasn't trained on the data of {job.models[0]}, so one request can't ask both."
+            )
+        versions[ref] = run.stage(f"version-{audits.file_name(ref)}", copy_parent, model=str(package))
+    assert question
+    for name, values in _audit(job, run, versions, question, job.reference).items():
+        run.report.metrics |= {f"{audits.file_name(name)}/{k}": v for k, v in values.items() if not math.isnan(v)}

@@ -63,7 +63,7 @@ class Task:
     Attributes:
         classes: forgotten as a whole.
         everything, retain, forget: training streams; `everything` is what the original is trained on.
-        held_out: unseen samples.
+        held_out: unseen samples that a method may choose by: of `data.dev`, without one of the test set.
         sets: what versions are asked about: `retain`, `forget` and `test`.
         recipe: of the original, as its package keeps it.
     """
@@ -88,7 +88,10 @@ def task_of(job: Any, run: Run, train: Manifest, test: Manifest, seed: int) -> T
         spec = job.data.stream(data, global_batch=job.train.global_batch, **options)
         return replace(spec, selection=load_selection(str(masks.folder / f"{name}.arrow")))
 
-    tested = job.data.stream(test, global_batch=1000, shuffle=False, **options)
+    def unseen(data: Manifest) -> StreamSpec:
+        return job.data.stream(data, global_batch=1000, shuffle=False, **options)
+
+    tested = unseen(test)
     retain, forget, most = stream("retain"), stream("forget"), job.audit.samples
     return Task(
         seed,
@@ -96,7 +99,7 @@ def task_of(job: Any, run: Run, train: Manifest, test: Manifest, seed: int) -> T
         stream("all"),
         retain,
         forget,
-        part_of(tested, 5000),
+        part_of(unseen(job.data.held_out(test)), 5000),
         {"retain": part_of(retain, most), "forget": part_of(forget, most), "test": part_of(tested, 3 * most)},
         {name: value for name, value in resolved(job).items() if name in ("encoder", "head", "train")},
     )

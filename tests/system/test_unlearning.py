@@ -218,6 +218,19 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
         with pytest.raises(TrackingError, match=r"was revoked|no champion before"):
             refused()
 
+    # any versions beside each other, the revoked one excepted
+    audit = {
+        "workload": "unlearning.audit",
+        "name": "audit",
+        "request": {"kind": "ids", "file": str(tmp_path / "ids.txt")},
+    }
+    audit |= {"models": ["blobs/2"], "audit": job["audit"] | {"relearn": RELEARN}, "cluster": job["cluster"]}
+    found = run(tmp_path, audit)[0].metrics
+    assert found["blobs-2/test_r"] == pytest.approx(report.metrics["audit/test_r"])
+    assert found["blobs-2/relearn"] >= 2
+    with pytest.raises(JobError, match="none of the models"):
+        run(tmp_path, audit | {"reference": "blobs/1"})
+
     # the next request, against the new version: a whole class by its rows alone, no data set named
     whole = {"kind": "classes", "ids": [3]}
     removal = {"kind": "remove_classes", "repair": 6, "neighbours": 1}
@@ -235,7 +248,8 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
         "user-1/s00001": False,
     }
     (made,) = (output / "class" / "stages").glob("request-*")
-    assert load_selection(str(made / "retain.arrow")).samples == 400 - 20 - 95
+    # the 20 of the first request are of class 3 as well
+    assert [load_selection(str(made / f"{name}.arrow")).samples for name in ("forget", "retain")] == [80, 300]
 
     # what can't be done is said before anything trains
     for wrong, error, message in (

@@ -411,6 +411,49 @@ def test_laf_never_sees_a_label_and_never_touches_the_rows(laf: tuple[Laf, Batch
         objective.forward(labelled)
 
 
+def test_laf_is_the_same_whatever_the_labels_are(laf: tuple[Laf, Batch], data: Manifest, tmp_path: Path) -> None:
+    """The same samples with permuted labels and the same masks: bit for bit the same losses and gradients."""
+    from labelmill.data.corrections import relabel
+
+    objective, batch = laf
+    others = relabel(data, tmp_path / "others", {f"s{i:03d}": (i + 1 + i // 7) % CLASSES for i in range(50)})
+    found = resolve(ClassesRequest(ids=(2,)), data)
+    streams = [
+        StreamSpec(
+            unlabelled(others),
+            "x",
+            20,
+            seed=1,
+            selection=type(mask).of([mask.mask(i) for i in range(len(data.shards))], unlabelled(others).digest),
+        )
+        for mask in (found.retain, found.forget)
+    ]
+    spec = stream_of(streams[0], streams[1], (True, True), 20, share=0.5)
+    again = next(iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, objective.prepare)))
+    assert again.keys == batch.keys
+    for step in (0, 1):
+        objective.begin(step, 4)
+        results = []
+        for one in (batch, again):
+            objective.zero_grad()
+            loss = objective.forward(one).total
+            loss.backward()
+            results.append((loss.detach().clone(), objective.encoder.weight_DI.grad.clone()))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_the_sigmoid_decoder_stays_within_0_and_1() -> None:
+    torch.manual_seed(0)
+    e = 10 * torch.randn(20, DIM)
+    for decoder, bounded in (("sigmoid", True), ("linear", False)):
+        vae = Vae(DIM, 2, decoder)
+        for parameter in vae.parameters():
+            parameter.data.mul_(3)
+        h = vae(e, torch.randn(20, 2))[0]
+        assert bool(((h >= 0) & (h <= 1)).all()) == bounded
+
+
 def replace_labels(batch: Batch) -> Batch:
     from labelmill.data.labels import Labels
 

@@ -268,8 +268,8 @@ def test_laf_leaves_the_shards_of_a_head_alone(tmp_path: Path) -> None:
     """Two Ray workers hold half of the classes each; LAF and its audit run on them, and the row files stay as they are."""
     cluster = {"cluster": {"workers": 2, "cpus_per_worker": 0.5, "read_cpus": 0.25}}
     job = registered(tmp_path, cluster)
-    method = {"latent": 2, "vae_epochs": 3}
-    train = BUDGET | {"epochs": 20, "learning_rate": 0.01, "schedule": "constant", "zero_stage": 2}
+    method = {"latent": 2, "vae_epochs": 3, "temperature": 1.0}
+    train = BUDGET | {"epochs": 20, "schedule": "constant", "zero_stage": 2}
     laf = {"workload": "unlearning.laf", "method": method, "train": train, "request": {"kind": "classes", "ids": [0]}}
     report, text = run(tmp_path, job | laf | cluster | {"reference": False})
     assert "labels are dropped" in text
@@ -283,8 +283,8 @@ def test_laf_leaves_the_shards_of_a_head_alone(tmp_path: Path) -> None:
     assert (made / "model" / encoder).read_bytes() != (parent / "model" / encoder).read_bytes()
     names = {column: i for i, column in enumerate(report.tables["audit"].columns)}
     before = {row[0]: row[names["parent"]] for row in report.tables["audit"].rows}
-    assert report.metrics["audit/train_f"] < before["train_f"] - 20
-    assert report.metrics["audit/test_r"] > before["test_r"] - 10
+    assert report.metrics["audit/train_f"] < before["train_f"] - 50
+    assert report.metrics["audit/test_r"] > 60
 
 
 def test_the_walk_through_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

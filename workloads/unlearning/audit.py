@@ -34,7 +34,6 @@ from labelmill.heads.sharded import ShardedHead
 from labelmill.job import StrictModel
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
-from labelmill.tracking.model import read_spec
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
 from workloads.unlearning.methods import FinetuneUnlearner
@@ -359,6 +358,3 @@ def error_of(package: Path, state: Mapping[str, Tensor], spec: StreamSpec) -> fl
         wrong += float((model(batch.inputs).argmax(1) != batch.labels.single_B)[kept_B].sum())
         seen += float(kept_B.sum())
     return wrong / max(seen, 1)
-
-
-__all__ = ["AuditSection", "Probe", "answers_of", "audit", "probe", "read_spec", "relearn"]

@@ -234,6 +234,3 @@ def embed(run: Any, folder: Path, package: Path, whole: StreamSpec, config: Trai
 
     run.fit(folder, partial(Embedder, str(package.resolve())), None, config, predict={"all": whole})
     return write_embeddings(folder / "predictions" / "all", folder / "data", whole.manifest)
-
-
-__all__ = ["Embedder", "FitVae", "Laf", "LafConfig", "Vae", "embed", "load_vae", "write_embeddings"]

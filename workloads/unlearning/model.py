@@ -245,16 +245,16 @@ def head_start(package: Path, work: Path) -> HeadStart:
 def write_package(
     folder: Path,
     parent: Path,
-    encoder: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor] | None = None,
     rows: Tensor | Sequence[Path] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    classes: pa.Table | None = None,
 ) -> Path:
-    """A package like `parent` with other weights.
+    """A package like `parent` with other weights; what isn't given is the parent's.
 
     Args:
         encoder: its state.
-        rows: class rows (C, D), or files of them named by their range; None takes the parent's.
-        extra: kept with the model.
+        rows: class rows (C, D), or files of them named by their range.
+        classes: the label space.
 
     Raises DataError for rows that aren't finite or have no direction.
     """
@@ -273,21 +273,22 @@ def write_package(
         for file in given:
             second_name(file, folder / file.name)
     module = build_encoder(spec.encoder, root=parent)
+    state = load_file(parent / "encoder.safetensors") if encoder is None else encoder
     write_model(
         folder,
         encoder=module,
         input_kind=spec.input,
         input_shape=spec.shape,
         predictor=spec.predictor,
-        classes=package_classes(parent),
-        state={name: encoder[name] for name in module.state_dict()},
+        classes=package_classes(parent) if classes is None else classes,
+        state={name: state[name] for name in module.state_dict()},
         normalized=spec.normalized,
         prior=spec.prior,
         scale=spec.scale,
         label_form=spec.label_form,
         manifest_digest=spec.manifest,
         code_version=__version__,
-        extra=dict(spec.extra) | dict(extra or {}),
+        extra=spec.extra,
     )
     return folder
 

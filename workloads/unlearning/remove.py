@@ -23,19 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from labelmill import __version__
 from labelmill.data.choose import keep_classes
 from labelmill.data.selection import KeepRows
 from labelmill.data.spec import StreamSpec
 from labelmill.data.stream import Batch
-from labelmill.encoders import build_encoder
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.reshard import shrink
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.source import open_rows
 from labelmill.run import Run
-from labelmill.tracking.model import read_spec, write_model
+from labelmill.tracking.model import read_spec
 from labelmill.training.config import TrainConfig
 from labelmill.training.objective import Losses, Objective
 from workloads.unlearning.methods import RemoveClasses
@@ -46,6 +44,7 @@ from workloads.unlearning.model import (
     load_encoder,
     package_classes,
     trained_ids,
+    write_package,
 )
 
 
@@ -63,21 +62,20 @@ def drop_rows(package: Path, out: Path, classes: tuple[int, ...]) -> Path:
         raise JobError(f"class {missing[0]} isn't one of the model's {spec.num_classes} classes.")
     if len(gone_K) == spec.num_classes:
         raise JobError("no class would be left. Retire the model instead (labelmill models revoke).")
-    shutil.rmtree(out, ignore_errors=True)
     shrunk = out.with_name(f".{out.name}.rows")
     shutil.rmtree(shrunk, ignore_errors=True)
-    source = shrink(package, shrunk, torch.from_numpy(gone_K))
-    out.mkdir(parents=True)
+    source, pages = shrink(package, shrunk / "shrunk", torch.from_numpy(gone_K)), []
     for entry in source.files:
-        page = load_file(shrunk / entry.file)["rows"]
+        page = load_file(shrunk / "shrunk" / entry.file)["rows"]
         page = F.normalize(page.float(), dim=1) if spec.normalized else page
-        save_file({"rows": page.contiguous()}, out / f"rows-{entry.start:08d}-{entry.stop:08d}.safetensors")
-    shutil.rmtree(shrunk)
+        pages.append(shrunk / f"rows-{entry.start:08d}-{entry.stop:08d}.safetensors")
+        save_file({"rows": page.contiguous()}, pages[-1])
     kept_C = np.ones(len(ids_C), bool)
     kept_C[gone_K] = False
     columns = {name: names.column(name) for name in names.column_names if name != "trained_id"}
     table = pa.table({**columns, "trained_id": pa.array(ids_C)}).filter(pa.array(kept_C))
-    _write_spec(out, package, table)
+    write_package(out, package, rows=pages, classes=table)
+    shutil.rmtree(shrunk)
     return out
 
 
@@ -165,34 +163,6 @@ def remove_classes(
     fitted = run.fit(
         folder / "fit", objective, stream, config, seed=seed, initial={"classes": head_start(made, folder)}
     )
-    settled = folder / "settled"
-    shutil.rmtree(settled, ignore_errors=True)
-    shutil.copytree(made, settled)
-    for old in settled.glob("rows-*.safetensors"):
-        old.unlink()
-    for entry in fitted.head_shards("classes"):
-        file = fitted.folder / "export" / "head-classes" / entry["file"]
-        shutil.copyfile(file, settled / entry["file"])
-    _write_spec(settled, made, package_classes(made))
+    files = [fitted.folder / "export" / "head-classes" / entry["file"] for entry in fitted.head_shards("classes")]
+    settled = write_package(folder / "settled", made, rows=files)
     return settled, seconds + fitted.seconds.get("train", 0.0)
-
-
-def _write_spec(folder: Path, like: Path, classes: pa.Table) -> None:
-    """Writes what a package holds besides its row files, which are there."""
-    spec = read_spec(like)
-    write_model(
-        folder,
-        encoder=build_encoder(spec.encoder, root=like),
-        input_kind=spec.input,
-        input_shape=spec.shape,
-        predictor=spec.predictor,
-        classes=classes,
-        state=load_file(like / "encoder.safetensors"),
-        normalized=spec.normalized,
-        prior=spec.prior,
-        scale=spec.scale,
-        label_form=spec.label_form,
-        manifest_digest=spec.manifest,
-        code_version=__version__,
-        extra=dict(spec.extra),
-    )

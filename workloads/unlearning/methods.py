@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from labelmill.data.keys import key_hashes
 from labelmill.data.stream import Batch
 from labelmill.errors import JobError
+from labelmill.job import StrictModel
 from labelmill.losses.unlearning import kl_to_teacher, other_label
 from workloads.unlearning.fisher import Dampening, DampeningUnlearner, FisherNoise, FisherNoiseUnlearner
 from workloads.unlearning.laf import LafConfig
@@ -110,8 +111,11 @@ class RemoveClasses(Method):
     neighbours: int = Field(8, ge=1, description="nearest classes of a removed one whose samples take part in that")
 
 
-class Sisa(Method):
-    """The constituents that saw a forgotten sample learn again, from the last slice without one (Bourtoule et al., S&P 2021)."""
+class Sisa(StrictModel):
+    """The constituents that saw a forgotten sample learn again, from the last slice without one (Bourtoule et al., S&P 2021).
+
+    By the recipe of the model: `train` isn't used.
+    """
 
     kind: Literal["sisa"] = "sisa"
 

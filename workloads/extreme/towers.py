@@ -71,12 +71,11 @@ def label_texts(data: Manifest) -> pa.ChunkedArray:
 
 
 class LabelSide:
-    """Prepared label texts: own labels are kept prepared while that takes less than `budget_mb`."""
+    """Prepared label texts: own labels are kept prepared as far as `budget_mb` goes."""
 
     def __init__(self, texts: pa.ChunkedArray, start: int, stop: int, chunk: int, budget_mb: float) -> None:
         self.texts, self.start, self.stop, self.chunk, self.budget = texts, start, stop, chunk, budget_mb * 2**20
-        self._kept: list[Prepared] = []
-        self._bytes = 0
+        self._kept: list[Prepared] | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -85,15 +84,20 @@ class LabelSide:
 
     def own(self, encoder: Encoder, index: int) -> Prepared:
         """Chunk `index` of own labels."""
-        if index < len(self._kept):
-            return self._kept[index]
+        if self._kept is None:
+            # all before the first is encoded: between activations they would leave holes that nothing else fits in
+            self._kept, room = [], self.budget
+            for place in range(len(self.sizes)):
+                made = self._prepare(encoder, place)
+                room -= sum(t.numel() * t.element_size() for t in (made.values() if isinstance(made, dict) else [made]))
+                if room < 0:
+                    break
+                self._kept.append(made)
+        return self._kept[index] if index < len(self._kept) else self._prepare(encoder, index)
+
+    def _prepare(self, encoder: Encoder, index: int) -> Prepared:
         lo = self.start + index * self.chunk
-        made = encoder.prepare(self.texts.slice(lo, min(self.chunk, self.stop - lo)).to_pylist())
-        size = sum(t.numel() * t.element_size() for t in (made.values() if isinstance(made, dict) else [made]))
-        if index == len(self._kept) and self._bytes + size <= self.budget:
-            self._kept.append(made)
-            self._bytes += size
-        return made
+        return encoder.prepare(self.texts.slice(lo, min(self.chunk, self.stop - lo)).to_pylist())
 
     def some(self, encoder: Encoder, ids_U: Tensor) -> Prepared:
         """Any labels."""

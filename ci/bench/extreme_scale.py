@@ -92,14 +92,14 @@ def dual_encoder(
     head = EncodedHead(labels, dim, loss, encoded_head_config(loss, memory_mb=memory_mb))
     side = LabelSide(texts, head.start, head.stop, chunk, CACHE_MB)
     optimizer = AdamW(encoder.parameters(), lr=1e-3)
-    size, seconds, device = batch // world, [], torch.device("cpu")
+    size, seconds = batch // world, []
     for step in range(steps):
         began = time.perf_counter()
         noise = torch.Generator().manual_seed(1000 * step + rank)
         ids = torch.randint(labels, (size, 2), generator=noise)
         ids[ids[:, 0] == ids[:, 1], 1] = -1
         emb = encoder(encoder.prepare([f"{texts[i]} query" for i in ids[:, 0].tolist()]))
-        rows = encode_cached(encoder, lambda i: side.own(encoder, i), side.sizes, dim, torch.float32, device)
+        rows = encode_cached(encoder, lambda i: side.own(encoder, i), side.sizes, head.room_for_rows())
         value = head.encoded_loss(emb, rows, ids, None, torch.ones(size))
         value.backward()
         del rows, emb

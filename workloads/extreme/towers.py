@@ -174,7 +174,7 @@ class DualEncoder(Objective):
         weight_B = torch.where((drawn_BP > 0).any(dim=1), batch.weight_B, 0.0)
         emb_BD = self.encoder(batch.inputs["query"])
         if isinstance(self.negatives, FullNegatives):
-            rows_CD = self._encode_own(self.encoder)
+            rows_CD = self._encode_own(self.encoder, self.head)
             return Losses(self.head.encoded_loss(emb_BD, rows_CD, ids_BP, drawn_BP, weight_B))
         used_BP = torch.where((drawn_BP > 0) & (weight_B > 0)[:, None], ids_BP, -1)
         wanted = [used_BP]
@@ -202,19 +202,19 @@ class DualEncoder(Objective):
         def give(index: int) -> Prepared:
             return to_device(self.side.some(self.encoder, parts[index]), self.device)
 
-        rows_UD = encode_cached(self.encoder, give, sizes, self.encoder.dim, self.head.dtype, self.device)
+        rows_UD = encode_cached(self.encoder, give, sizes, head.room_for_rows())
         place_BP = in_pool(ids_BP, pool_U)
         target_BP = torch.where(place_BP >= 0, drawn_BP, 0.0)
         value = head.encoded_loss(emb_BD, rows_UD, place_BP, target_BP, weight_B)
         return Losses(value, {"pool": torch.tensor(float(len(pool_U)))})
 
-    def _encode_own(self, encoder: Encoder) -> Tensor:
-        """Embeddings of own labels (C, D), by the gradient cache."""
+    def _encode_own(self, encoder: Encoder, head: EncodedHead) -> Tensor:
+        """Embeddings of own labels (C, D) in the head's memory, by the gradient cache."""
 
         def give(index: int) -> Prepared:
             return to_device(self.side.own(encoder, index), self.device)
 
-        return encode_cached(encoder, give, self.side.sizes, encoder.dim, self.head.dtype, self.device)
+        return encode_cached(encoder, give, self.side.sizes, head.room_for_rows())
 
     # --- mining -----------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class DualEncoder(Objective):
             self._miner = None
         if self._miner is None:
             self._miner = EncodedHead(self.head.num_classes, self.encoder.dim, self.loss, self.head_config, self.seed)
-            self._miner.give_rows(self._encode_own(self.snapshot.eval()))
+            self._miner.give_rows(self._encode_own(self.snapshot.eval(), self._miner))
         _, found_BK = self._miner.topk(emb_BD, min(self.negatives.top, self.head.num_classes))
         return draw_hard(found_BK, ids_BP, key_B, self.negatives.per_query)
 
@@ -243,7 +243,7 @@ class DualEncoder(Objective):
         if not self._current:
             training = self.encoder.training
             self.encoder.eval()
-            self.head.give_rows(self._encode_own(self.encoder))
+            self.head.give_rows(self._encode_own(self.encoder, self.head))
             self.encoder.train(training)
             self._current = True
 

@@ -186,6 +186,9 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text("k,1\nk\n")
     with pytest.raises(DataError, match=r"line 2: write `key,label id`"):
         read_filter(str(tmp_path / "f.csv"), 5)
+    (tmp_path / "f.csv").write_text("k,1\n")
+    with pytest.raises(DataError, match="none of its keys, such as 'k', is in the test set 'words'"):
+        ranked_for(RankingSection(recall_ks=(10,), filter=str(tmp_path / "f.csv")), data_set(tmp_path / "h", 5, 0))
     (tmp_path / "f.csv").write_text("k,9\n")
     with pytest.raises(DataError, match="label 9 is out of range"):
         read_filter(str(tmp_path / "f.csv"), 5)

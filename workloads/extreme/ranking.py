@@ -84,12 +84,16 @@ def read_filter(path: str | None, num_labels: int) -> dict[str, set[int]]:
 def ranked_for(section: RankingSection, test: Manifest) -> int:
     """Labels to rank so that enough are left when a query's filtered ones are gone.
 
-    Raises JobError for more places than labels; DataError for a filter file that can't be read.
+    Raises JobError for more places than labels; DataError for a filter file that can't be read or knows no test sample.
     """
     labels = test.label.num_classes or 0
     if section.most > labels:
         raise JobError(f"ranking: k up to {section.most}, but there are {labels} labels. Lower ks and recall_ks.")
     filtered = read_filter(section.filter, labels)
+    keys = (key for i in range(len(test.shards)) for key in read_labels(test, i).column("key").to_pylist())
+    if filtered and not any(key in filtered for key in keys):
+        first = next(iter(filtered))
+        raise DataError(f"{section.filter}: none of its keys, such as {first!r}, is in the test set {test.name!r}.")
     return min(section.most + max((len(ids) for ids in filtered.values()), default=0), labels)
 
 

@@ -29,7 +29,7 @@ from labelmill.losses.retrieval import DecoupledSection, SoftmaxSection
 from labelmill.training.inprocess import fit_here
 from labelmill.training.local import spawn
 from workloads.extreme.dual_encoder import DualEncoderJob, check_label_space, dual_encoder
-from workloads.extreme.ranking import read_filter
+from workloads.extreme.ranking import RankingSection, ranked_for, read_filter
 from workloads.extreme.towers import DualEncoder, FullNegatives, InBatchNegatives, MinedNegatives, draw_hard
 
 ENCODER = CharNgramsConfig(dim=16, buckets=512, hidden=0, orders=(2, 3), placed=(), gaps=(), deletions=False)
@@ -177,7 +177,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="0 < k < number of labels, which is 20"):
         check(job(tmp_path / "c", loss={"kind": "soft_topk", "k": 20}))
     with pytest.raises(JobError, match="k up to 50, but there are 20 labels"):
-        check(job(tmp_path / "d", ranking={}))
+        ranked_for(RankingSection(), data_set(tmp_path / "d", 5, 0))
     train = {"global_batch": 40, "steps": 1, "zero_stage": 3}
     with pytest.raises(ValidationError, match=r"use train\.zero_stage 0 to 2"):
         job(tmp_path / "e", train=train, cluster={"workers": 2})
@@ -186,6 +186,9 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text("k,1\nk\n")
     with pytest.raises(DataError, match=r"line 2: write `key,label id`"):
         read_filter(str(tmp_path / "f.csv"), 5)
+    (tmp_path / "f.csv").write_text("k,1\n")
+    with pytest.raises(DataError, match="none of its keys, such as 'k', is in the test set 'words'"):
+        ranked_for(RankingSection(recall_ks=(10,), filter=str(tmp_path / "f.csv")), data_set(tmp_path / "h", 5, 0))
     (tmp_path / "f.csv").write_text("k,9\n")
     with pytest.raises(DataError, match="label 9 is out of range"):
         read_filter(str(tmp_path / "f.csv"), 5)

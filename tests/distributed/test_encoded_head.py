@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,7 +121,7 @@ def gradients(cached: bool, chunks: list[Tensor], queries: Tensor) -> tuple[Tens
     x = tower(queries)
     if cached:
         sizes = [len(c) for c in chunks]
-        rows = encode_cached(tower, chunks, sizes, DIM, torch.float32, torch.device("cpu"))
+        rows = encode_cached(tower, chunks, sizes, head.room_for_rows())
     else:
         rows = torch.cat([tower(chunk) for chunk in chunks])
     value = head.encoded_loss(x, rows, torch.arange(len(queries))[:, None] * 3, None, torch.ones(len(queries)))
@@ -137,6 +139,37 @@ def test_the_gradient_cache_is_plain_autograd_with_dropout_on() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_steps_hand_on_the_memory_of_rows_and_gradient(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    chunks = list(torch.randint(50, (47, 5)).split(20))
+    tower, loss = Tower().eval(), DecoupledSection()
+    head = EncodedHead(47, DIM, loss, encoded_head_config(loss))
+    ids, weight = torch.tensor([[3], [40]]), torch.ones(2)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        rows = encode_cached(tower, chunks, [20, 20, 7], head.room_for_rows())
+        return head.encoded_loss(tower(chunks[0][:2]), rows, ids, None, weight), rows
+
+    value, rows = forward()
+    place, kept = rows.data_ptr(), rows.detach().clone()
+    second, others = forward()
+    assert others.data_ptr() != place, "the first pass is still to be differentiated"
+    (value + second).backward()
+    both = [p.grad.clone() for p in tower.parameters()]
+    assert torch.equal(rows, kept)
+    tower.zero_grad()
+    lent = {g.data_ptr() for g in head._lent}
+    value, rows = forward()
+    assert rows.data_ptr() == others.data_ptr()
+    value.backward()
+    assert {g.data_ptr() for g in head._lent} <= lent
+    for twice, once in zip(both, tower.parameters(), strict=True):
+        torch.testing.assert_close(twice, 2 * once.grad)
+    save = head.begin_save(tmp_path, 1 << 20)
+    assert head.room_for_rows().data_ptr() != others.data_ptr(), "a save reads them"
+    save.close()
+
+
 def cached_ranks(rank: int, world: int) -> list[Tensor]:
     torch.manual_seed(0)
     tower, loss = Tower().eval(), SoftTopKSection(k=4)
@@ -145,7 +178,7 @@ def cached_ranks(rank: int, world: int) -> list[Tensor]:
     own = everything[head.start : head.stop]
     chunks = list(own.split(16))
     x = tower(everything[rank * 2 : rank * 2 + 2])
-    rows = encode_cached(tower, chunks, [len(c) for c in chunks], DIM, torch.float32, torch.device("cpu"))
+    rows = encode_cached(tower, chunks, [len(c) for c in chunks], head.room_for_rows())
     ids = torch.tensor([[rank * 2], [rank * 2 + 1]])
     value = head.encoded_loss(x, rows, ids, None, torch.ones(2))
     value.backward()

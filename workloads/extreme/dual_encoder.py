@@ -34,7 +34,7 @@ from workloads.discrimination.partial_fc import input_options
 from workloads.extreme.ranking import (
     RankingSection,
     measure_index,
-    read_filter,
+    ranked_for,
     refuse_test_search,
     report_extreme,
     report_index,
@@ -88,8 +88,6 @@ def check_label_space(job: DualEncoderJob, train: Manifest) -> None:
         raise DataError(f"data set {train.name!r} has no class names, which are the labels' texts here.")
     if isinstance(job.loss, SoftTopKSection) and job.loss.k != "num_pos" and job.loss.k >= classes:
         raise JobError(f"loss.k {job.loss.k}: 0 < k < number of labels, which is {classes}.")
-    if job.ranking.most > classes:
-        raise JobError(f"ranking: k up to {job.ranking.most}, but there are {classes} labels. Lower ks and recall_ks.")
 
 
 def unlabelled(data: Manifest) -> int:
@@ -135,6 +133,7 @@ METRICS = ("test/P@1", "test/P@5", "test/PSP@1", "test/PSP@5", "test/nDCG@5", "t
 def dual_encoder(job: DualEncoderJob, run: Run) -> None:
     train, test = job.data.open()
     check_label_space(job, train)
+    k = ranked_for(job.ranking, test)
     options = input_options(job.encoder, job.seed)
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
@@ -149,7 +148,7 @@ def dual_encoder(job: DualEncoderJob, run: Run) -> None:
         normalize=job.normalize,
         temperature=job.temperature,
         seed=job.seed,
-        k=ranked_for(job.ranking, test),
+        k=k,
         embed=job.index is not None,
         label_cache_mb=job.label_cache_mb,
         memory_mb=job.memory_mb,
@@ -166,10 +165,3 @@ def dual_encoder(job: DualEncoderJob, run: Run) -> None:
     if job.register_as:
         head = encoded_head_config(job.loss, job.normalize, job.temperature)
         run.register(job.register_as, fit, encoder=job.encoder, head=head, data=train, index=job.index)
-
-
-def ranked_for(section: RankingSection, test: Manifest) -> int:
-    """Labels to rank so that enough are left when a query's filtered ones are gone."""
-    filtered = read_filter(section.filter, test.label.num_classes or 0)
-    most = section.most + max((len(labels) for labels in filtered.values()), default=0)
-    return min(most, test.label.num_classes or most)

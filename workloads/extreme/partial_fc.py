@@ -28,7 +28,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.initial import keep_class_names
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
-from workloads.extreme.ranking import RankingSection, refuse_test_search, report_extreme
+from workloads.extreme.ranking import RankingSection, ranked_for, refuse_test_search, report_extreme
 from workloads.extreme.rows import RowRanker, SampledSum, Together
 
 AnyObjective = Annotated[Together | SampledSum, Field(discriminator="kind")]
@@ -85,8 +85,7 @@ def rows_run(job: RowsJob, run: Run) -> None:
     train, test = job.data.open()
     if train.label.form not in ("single", "multi"):
         raise JobError(f"{job.workload} takes labels of form single or multi, not {train.label.form}.")
-    if job.ranking.most > (train.label.num_classes or 0):
-        raise JobError(f"ranking: k up to {job.ranking.most}, but there are {train.label.num_classes} labels.")
+    k = ranked_for(job.ranking, test)
     options = input_options(job.encoder, job.seed)
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
@@ -99,7 +98,7 @@ def rows_run(job: RowsJob, run: Run) -> None:
         objective=job.objective,
         config=job.train,
         seed=job.seed,
-        k=job.ranking.most,
+        k=k,
         **job.data.judging(test, global_batch=job.eval_batch, **options),
     )
     report_training(run, Fitted(fit.folder), fit["seconds"])

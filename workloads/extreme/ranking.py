@@ -18,7 +18,7 @@ from pydantic import Field
 from labelmill.data.labels import labels_from_table
 from labelmill.data.manifest import Manifest
 from labelmill.data.shards import label_counts, read_labels
-from labelmill.errors import DataError
+from labelmill.errors import DataError, JobError
 from labelmill.evaluation.extreme import (
     PROPENSITIES,
     RankedSums,
@@ -79,6 +79,22 @@ def read_filter(path: str | None, num_labels: int) -> dict[str, set[int]]:
                 )
             pairs.setdefault(row[0], set()).add(label)
     return pairs
+
+
+def ranked_for(section: RankingSection, test: Manifest) -> int:
+    """Labels to rank so that enough are left when a query's filtered ones are gone.
+
+    Raises JobError for more places than labels; DataError for a filter file that can't be read or knows no test sample.
+    """
+    labels = test.label.num_classes or 0
+    if section.most > labels:
+        raise JobError(f"ranking: k up to {section.most}, but there are {labels} labels. Lower ks and recall_ks.")
+    filtered = read_filter(section.filter, labels)
+    keys = (key for i in range(len(test.shards)) for key in read_labels(test, i).column("key").to_pylist())
+    if filtered and not any(key in filtered for key in keys):
+        first = next(iter(filtered))
+        raise DataError(f"{section.filter}: none of its keys, such as {first!r}, is in the test set {test.name!r}.")
+    return min(section.most + max((len(ids) for ids in filtered.values()), default=0), labels)
 
 
 def labels_by_key(data: Manifest) -> dict[str, np.ndarray]:
@@ -161,8 +177,8 @@ def measure_index(
     flat = table.column("emb").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     emb_QD = torch.from_numpy(flat.reshape(len(table), -1).copy()).float()
     keys = table.column("key").to_pylist()
-    most = min(section.most, info.num_classes)
-    recall = measure_recall(folder, emb_QD, most)
+    most = ranked_for(section, test)
+    recall = measure_recall(folder, emb_QD, section.most)
     found = load_index(folder)
 
     def ranked() -> Iterator[tuple[list[str], np.ndarray]]:

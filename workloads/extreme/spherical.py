@@ -33,7 +33,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Losses, Objective
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
-from workloads.extreme.ranking import RankingSection, refuse_test_search, report_extreme
+from workloads.extreme.ranking import RankingSection, ranked_for, refuse_test_search, report_extreme
 
 
 class RowClassifier(Objective):
@@ -150,8 +150,7 @@ def fit_rows(
 @workload("extreme.spherical", SphericalJob, ("test/P@1", "test/R@10", "test/R@50"), ("eval/top1", "eval/top10"))
 def spherical(job: SphericalJob, run: Run) -> None:
     train, test = job.data.open()
-    if job.ranking.most > (train.label.num_classes or 0):
-        raise JobError(f"ranking: k up to {job.ranking.most}, but there are {train.label.num_classes} classes.")
+    k = ranked_for(job.ranking, test)
     options = input_options(job.encoder, job.seed)
     stream = job.data.training_stream(train, run.folder / "data", global_batch=job.train.global_batch, **options)
     run.track_data(train=stream, test=test)
@@ -161,7 +160,7 @@ def spherical(job: SphericalJob, run: Run) -> None:
         "encoder": job.encoder,
         "seed": job.seed,
         "bias": job.bias,
-        "k": job.ranking.most,
+        "k": k,
     }
     fits: dict[str, Stage] = {
         job.factored.loss.kind: run.stage("fit", fit_rows, head=job.factored, config=job.train, **inputs)

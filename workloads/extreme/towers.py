@@ -71,12 +71,11 @@ def label_texts(data: Manifest) -> pa.ChunkedArray:
 
 
 class LabelSide:
-    """Prepared label texts: own labels are kept prepared while that takes less than `budget_mb`."""
+    """Prepared label texts: own labels are kept prepared as far as `budget_mb` goes."""
 
     def __init__(self, texts: pa.ChunkedArray, start: int, stop: int, chunk: int, budget_mb: float) -> None:
         self.texts, self.start, self.stop, self.chunk, self.budget = texts, start, stop, chunk, budget_mb * 2**20
-        self._kept: list[Prepared] = []
-        self._bytes = 0
+        self._kept: list[Prepared] | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -85,15 +84,20 @@ class LabelSide:
 
     def own(self, encoder: Encoder, index: int) -> Prepared:
         """Chunk `index` of own labels."""
-        if index < len(self._kept):
-            return self._kept[index]
+        if self._kept is None:
+            # all before the first is encoded: between activations they would leave holes that nothing else fits in
+            self._kept, room = [], self.budget
+            for place in range(len(self.sizes)):
+                made = self._prepare(encoder, place)
+                room -= sum(t.numel() * t.element_size() for t in (made.values() if isinstance(made, dict) else [made]))
+                if room < 0:
+                    break
+                self._kept.append(made)
+        return self._kept[index] if index < len(self._kept) else self._prepare(encoder, index)
+
+    def _prepare(self, encoder: Encoder, index: int) -> Prepared:
         lo = self.start + index * self.chunk
-        made = encoder.prepare(self.texts.slice(lo, min(self.chunk, self.stop - lo)).to_pylist())
-        size = sum(t.numel() * t.element_size() for t in (made.values() if isinstance(made, dict) else [made]))
-        if index == len(self._kept) and self._bytes + size <= self.budget:
-            self._kept.append(made)
-            self._bytes += size
-        return made
+        return encoder.prepare(self.texts.slice(lo, min(self.chunk, self.stop - lo)).to_pylist())
 
     def some(self, encoder: Encoder, ids_U: Tensor) -> Prepared:
         """Any labels."""
@@ -170,7 +174,7 @@ class DualEncoder(Objective):
         weight_B = torch.where((drawn_BP > 0).any(dim=1), batch.weight_B, 0.0)
         emb_BD = self.encoder(batch.inputs["query"])
         if isinstance(self.negatives, FullNegatives):
-            rows_CD = self._encode_own(self.encoder)
+            rows_CD = self._encode_own(self.encoder, self.head)
             return Losses(self.head.encoded_loss(emb_BD, rows_CD, ids_BP, drawn_BP, weight_B))
         used_BP = torch.where((drawn_BP > 0) & (weight_B > 0)[:, None], ids_BP, -1)
         wanted = [used_BP]
@@ -198,19 +202,19 @@ class DualEncoder(Objective):
         def give(index: int) -> Prepared:
             return to_device(self.side.some(self.encoder, parts[index]), self.device)
 
-        rows_UD = encode_cached(self.encoder, give, sizes, self.encoder.dim, self.head.dtype, self.device)
+        rows_UD = encode_cached(self.encoder, give, sizes, head.room_for_rows())
         place_BP = in_pool(ids_BP, pool_U)
         target_BP = torch.where(place_BP >= 0, drawn_BP, 0.0)
         value = head.encoded_loss(emb_BD, rows_UD, place_BP, target_BP, weight_B)
         return Losses(value, {"pool": torch.tensor(float(len(pool_U)))})
 
-    def _encode_own(self, encoder: Encoder) -> Tensor:
-        """Embeddings of own labels (C, D), by the gradient cache."""
+    def _encode_own(self, encoder: Encoder, head: EncodedHead) -> Tensor:
+        """Embeddings of own labels (C, D) in the head's memory, by the gradient cache."""
 
         def give(index: int) -> Prepared:
             return to_device(self.side.own(encoder, index), self.device)
 
-        return encode_cached(encoder, give, self.side.sizes, encoder.dim, self.head.dtype, self.device)
+        return encode_cached(encoder, give, self.side.sizes, head.room_for_rows())
 
     # --- mining -----------------------------------------------------------------------------------------
 
@@ -227,7 +231,7 @@ class DualEncoder(Objective):
             self._miner = None
         if self._miner is None:
             self._miner = EncodedHead(self.head.num_classes, self.encoder.dim, self.loss, self.head_config, self.seed)
-            self._miner.give_rows(self._encode_own(self.snapshot.eval()))
+            self._miner.give_rows(self._encode_own(self.snapshot.eval(), self._miner))
         _, found_BK = self._miner.topk(emb_BD, min(self.negatives.top, self.head.num_classes))
         return draw_hard(found_BK, ids_BP, key_B, self.negatives.per_query)
 
@@ -239,7 +243,7 @@ class DualEncoder(Objective):
         if not self._current:
             training = self.encoder.training
             self.encoder.eval()
-            self.head.give_rows(self._encode_own(self.encoder))
+            self.head.give_rows(self._encode_own(self.encoder, self.head))
             self.encoder.train(training)
             self._current = True
 

@@ -77,6 +77,7 @@ class EncodedHead(ShardedHead):
             raise ValueError("an encoded head takes all labels, one row each, split over all ranks, in fp32")
         super().__init__(num_classes, dim, config, seed, group, device, dtype)
         self.retrieval, self._given = loss, False
+        self._lent: list[Tensor] = []  # gradients of rows that were handed out since the last loss
 
     def _first_rows(self) -> ClassRows:
         # pages of memory that nobody has written to take none
@@ -94,6 +95,15 @@ class EncodedHead(ShardedHead):
     def take_notes(self, notes: Mapping[str, Any]) -> None:
         super().take_notes(notes)
         self._given = True
+
+    def room_for_rows(self) -> Tensor:
+        """Memory (C, D) to encode own labels into: the last rows', unless a save or a pass to be differentiated reads them.
+
+        Freed and asked for anew in every step, blocks of this size leave holes in the heap that the next one just misses.
+        """
+        if self._open or self.rows.snapshot is not None:
+            return torch.empty_like(self.rows.w_CD)
+        return self.rows.w_CD
 
     def give_rows(self, rows_CD: Tensor) -> None:
         """Own labels' embeddings (C, D), kept without a copy. Raises ValueError for another shape or type."""
@@ -129,6 +139,9 @@ class EncodedHead(ShardedHead):
         if self.config.normalize:
             x_BD = torch.nn.functional.normalize(x_BD, dim=1, eps=1e-6)
         args = (ids_BP.to(self.device), weight_B.to(self.device), target_BP.to(self.device))
+        if not self._open:  # the label encoder has used what it was lent
+            while self._lent:
+                self._scratch.give("gradient", self._lent.pop())
         self.give_rows(rows_CD)
         if isinstance(self.retrieval, SoftTopKSection):
             if self.config.normalize:
@@ -145,9 +158,10 @@ class EncodedHead(ShardedHead):
         self.steps += 1
 
     def _taken_gradient(self) -> Tensor:
-        """The rows' gradient of the pass that was just differentiated; it is the caller's."""
+        """The rows' gradient of the pass that was just differentiated; the caller's until the next loss."""
         grad_CD = self._pending.grad_UD
         assert grad_CD is not None
+        self._lent.append(grad_CD)
         self._pending.ids_U = self._pending.grad_UD = None
         return grad_CD
 
@@ -254,8 +268,9 @@ def places_of(section: SoftTopKSection, batch: GlobalBatch) -> Tensor:
 # --- the gradient cache -------------------------------------------------------------------------------------
 
 
-def encode_cached(encoder: nn.Module, chunks: Sequence[Prepared] | Callable[[int], Prepared], sizes: Sequence[int],
-                  dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # fmt: skip
+def encode_cached(
+    encoder: nn.Module, chunks: Sequence[Prepared] | Callable[[int], Prepared], sizes: Sequence[int], out_CD: Tensor
+) -> Tensor:
     """Embeddings (C, D) of prepared chunks, as if encoded in one piece: memory of one chunk's activations, two forwards.
 
     Random numbers (dropout) are those of the first pass when a chunk is encoded again, so that the gradient is exactly that
@@ -264,13 +279,32 @@ def encode_cached(encoder: nn.Module, chunks: Sequence[Prepared] | Callable[[int
     Args:
         chunks: the chunks, or a function that prepares chunk i.
         sizes: rows of each.
+        out_CD: memory for the embeddings; also says their type and device. One chunk alone, differentiated, doesn't use it.
     """
     give = chunks if callable(chunks) else chunks.__getitem__
     parameters = [p for p in encoder.parameters() if p.requires_grad]
-    if len(sizes) == 1 or not parameters or not torch.is_grad_enabled():
-        parts = [encoder(give(i)).to(dtype) for i in range(len(sizes))]
-        return torch.cat(parts) if parts else torch.zeros(0, dim, dtype=dtype, device=device)
-    return _Cached.apply(encoder, give, tuple(sizes), dim, dtype, device, *parameters)
+    if not sizes or not parameters or not torch.is_grad_enabled():
+        with torch.no_grad():
+            return _encode(encoder, give, sizes, out_CD)
+    if len(sizes) == 1:
+        return encoder(give(0)).to(out_CD.dtype)
+    return _Cached.apply(encoder, give, tuple(sizes), [out_CD], *parameters)
+
+
+def _encode(
+    encoder: nn.Module,
+    give: Callable[[int], Prepared],
+    sizes: Sequence[int],
+    out_CD: Tensor,
+    before: Callable[[int], None] = lambda index: None,
+) -> Tensor:
+    """Fills `out_CD`, calling `before` with the number of each chunk first; another tensor of the same memory."""
+    lo = 0
+    for index, size in enumerate(sizes):
+        before(index)
+        out_CD[lo : lo + size] = encoder(give(index))
+        lo += size
+    return out_CD.detach()
 
 
 class _Cached(torch.autograd.Function):
@@ -280,20 +314,19 @@ class _Cached(torch.autograd.Function):
         encoder: nn.Module,
         give: Callable[[int], Prepared],
         sizes: tuple[int, ...],
-        dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        out: list[Tensor],
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.encoder, ctx.give, ctx.sizes, ctx.parameters, ctx.device = encoder, give, sizes, parameters, device
-        ctx.states = []
-        out_CD = torch.empty(sum(sizes), dim, dtype=dtype, device=device)
-        lo = 0
-        for index, size in enumerate(sizes):
-            ctx.states.append(_random_state(device))
-            out_CD[lo : lo + size] = encoder(give(index))
-            lo += size
-        return out_CD
+        (out_CD,) = out  # in a list: what is returned is no input
+        ctx.encoder, ctx.give, ctx.sizes, ctx.parameters, ctx.device = encoder, give, sizes, parameters, out_CD.device
+        # all in one piece: a small tensor that stays behind each chunk would split the memory that the next one needs
+        ctx.states = [state.new_empty(len(sizes), len(state)) for state in _random_state(out_CD.device)]
+
+        def note(index: int) -> None:
+            for state_KS, state in zip(ctx.states, _random_state(out_CD.device), strict=True):
+                state_KS[index] = state
+
+        return _encode(encoder, give, sizes, out_CD, note)
 
     @staticmethod
     @once_differentiable
@@ -301,7 +334,7 @@ class _Cached(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(ctx.parameters)
         after, lo = _random_state(ctx.device), 0
         for index, size in enumerate(ctx.sizes):
-            _set_random_state(ctx.device, ctx.states[index])
+            _set_random_state(ctx.device, [state_KS[index].clone() for state_KS in ctx.states])
             with torch.enable_grad():
                 emb_RD = ctx.encoder(ctx.give(index))
             part_RD = grad_CD[lo : lo + size].to(emb_RD.dtype)
@@ -312,17 +345,18 @@ class _Cached(torch.autograd.Function):
                     totals[place] = grad.clone() if total is None else total.add_(grad)
             lo += size
         _set_random_state(ctx.device, after)
-        return (None,) * 6 + tuple(totals)
+        return (None,) * 4 + tuple(totals)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Bytes of the generators that an encoder on the device draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 # --- pools --------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from labelmill.data.stream import Batch, RankStream
 from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import DataError, JobError
 from labelmill.heads.config import HeadConfig
-from labelmill.losses.distillation import DKD, KD, BinaryKLNorm, ListedKD, dense_distillation
+from labelmill.losses.class_sums import dense_distillation
+from labelmill.losses.distillation import DKD, KD, BinaryKLNorm, ListedKD
 from workloads.distillation.common import carve
 from workloads.distillation.student import Arm, FeatureTerm, LogitTerm, Student, TeacherPlace
 

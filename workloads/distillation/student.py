@@ -27,7 +27,8 @@ from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.teaching import ListedTeacher, LogitTeacher
 from labelmill.job import StrictModel
 from labelmill.losses import features
-from labelmill.losses.distillation import CrossEntropy, Listed, ListedKD, LogitLossConfig, dense_distillation
+from labelmill.losses.class_sums import Listed, dense_distillation
+from labelmill.losses.distillation import CrossEntropy, ListedKD, LogitLossConfig
 from labelmill.losses.soft_targets import aligned_gradients
 from labelmill.teachers import TeacherModel
 from labelmill.training.objective import Losses, Objective

@@ -185,12 +185,20 @@ class _Pass:
         head = self.head
         head.rows.catch_up(piece.where, head._scratch, head.steps)
         w_RD = head.rows.read(piece.where, head._scratch, "rows")
-        s_NR = self.x_ND @ w_RD.T
+        keep = piece.hi <= self.budget
+        shape = (len(self.x_ND), len(w_RD))
+        s_NR = self.x_ND.new_empty(shape) if keep else head._scratch.borrow("student logits", shape, self.x_ND)
+        torch.mm(self.x_ND, w_RD.T, out=s_NR)
         inverse_R = head.rows.inverse(piece.where)
         s_NR *= head.config.scale if inverse_R is None else head.config.scale * inverse_R
-        if piece.hi <= self.budget:
+        if keep:
             self.kept[index] = s_NR
         return s_NR
+
+    def _room(self, i: int, columns: int) -> Callable[[int], Tensor]:
+        """The matrices of loss i, (N, columns)."""
+        shape = (len(self.x_ND), columns)
+        return lambda number: self.head._scratch.borrow(f"loss {i} {number}", shape, self.x_ND)
 
     def _shared(self) -> dict[str, Any]:
         return {"weight_N": self.weight_N, "num_classes": self.classes, "listed": self.teacher.listed}
@@ -200,7 +208,7 @@ class _Pass:
         hole_N = self.weight_N <= 0
         holes, shared = bool(hole_N.any()), self._shared()
         for index, piece in enumerate(self.pieces):
-            t_NR = self.teacher.logits(piece.where) if needs else None
+            t_NR = self.teacher.logits(piece.where, self.head._scratch) if needs else None
             if t_NR is not None and holes:
                 t_NR = t_NR.masked_fill(hole_N[:, None], 0.0)  # of a hole it may be anything
             yield piece, Part(self._logits(index, piece), t_NR, self.own[index], self.named[index], **shared)
@@ -229,6 +237,7 @@ class _Pass:
         wanted = [i for i, (_, loss) in enumerate(self.losses) if number < loss.scans]
         for part in (part for _, part in self._parts()) if self.pieces else (self.whole,):
             for i in wanted:
+                part = replace(part, room=self._room(i, part.s_NR.shape[1]))
                 found[i].append(self.losses[i][1].scan(number, part, at[i]))
         own = [joined(parts, self.losses[i][1].relative) if parts else {} for i, parts in enumerate(found)]
         self._join(own)
@@ -271,6 +280,7 @@ class _Pass:
         for piece, part in self._parts():
             slope_NR: Tensor | None = None
             for i, (_, loss) in enumerate(self.losses):
+                part = replace(part, room=self._room(i, part.s_NR.shape[1]))
                 more_NR = loss.slope(part, at[i], by_N1[i])
                 slope_NR = more_NR if slope_NR is None else slope_NR.add_(more_NR)
             slope_NR = torch.zeros_like(part.s_NR) if slope_NR is None else slope_NR

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from labelmill.errors import DataError
 from labelmill.heads.ranks import Ranks
-from labelmill.heads.rows import Where
+from labelmill.heads.rows import Scratch, Where
 from labelmill.heads.sharded import ShardedHead
 from labelmill.losses.class_sums import Listed
 
@@ -33,8 +33,8 @@ class Sliced:
 
     listed: Listed | None = None
 
-    def logits(self, where: Where) -> Tensor | None:
-        """(N, R) of local rows; not to be written to."""
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
+        """(N, R) of local rows, until the next call; not to be written to."""
         return None
 
 
@@ -49,7 +49,7 @@ class NoTeacher:
 class _Columns(Sliced):
     t_NC: Tensor | None = None
 
-    def logits(self, where: Where) -> Tensor | None:
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
         assert self.t_NC is not None
         return self.t_NC[:, where]
 
@@ -107,7 +107,8 @@ class RowTeacher:
             raise DataError(
                 f"the teacher has {len(self.w_CE)} rows for the classes [{head.start}, {head.stop}) of this rank."
             )
-        return _Rows(None, ranks.gather_rows(self.emb_BE.to(head.device, head.dtype), counts), self)
+        emb_NE = ranks.gather_rows(self.emb_BE.to(head.device, head.dtype), counts)
+        return _Rows(None, emb_NE * self.scale, self)
 
 
 @dataclass
@@ -115,11 +116,13 @@ class _Rows(Sliced):
     emb_NE: Tensor = field(default_factory=lambda: torch.empty(0))
     teacher: RowTeacher | None = None
 
-    def logits(self, where: Where) -> Tensor | None:
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
         assert self.teacher is not None
         w_CE, bias_C = self.teacher.w_CE, self.teacher.bias_C
-        z_NR = self.teacher.scale * self.emb_NE @ w_CE[where].to(self.emb_NE).T
-        return z_NR if bias_C is None else z_NR + bias_C[where].to(z_NR)
+        w_RE = w_CE[where].to(self.emb_NE)
+        z_NR = scratch.borrow("teacher logits", (len(self.emb_NE), len(w_RE)), self.emb_NE)
+        torch.mm(self.emb_NE, w_RE.T, out=z_NR)
+        return z_NR if bias_C is None else z_NR.add_(bias_C[where].to(z_NR))
 
 
 @dataclass

@@ -11,7 +11,7 @@ Shape legend: N samples, R classes of a chunk, C all classes, k listed classes o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,6 +72,8 @@ class Part:
         weight_N: of the samples; 0 leaves one out.
         num_classes: C that take part, over all ranks.
         listed: the teacher's best classes instead of `t_NR`.
+        room: memory for a loss's own matrices like `s_NR`, by number; fresh without it. Losses work in it: pages that are
+            fresh in every chunk cost more than the arithmetic on them.
     """
 
     s_NR: Tensor
@@ -81,6 +83,15 @@ class Part:
     weight_N: Tensor
     num_classes: int
     listed: Listed | None = None
+    room: Callable[[int], Tensor] | None = None
+
+    def scaled(self, number: int, x_NR: Tensor, by: float) -> Tensor:
+        """x * by, in the loss's matrix `number`."""
+        return torch.mul(x_NR, by, out=self.matrix(number))
+
+    def matrix(self, number: int) -> Tensor:
+        """The loss's own matrix of that number, (N, R), with any content."""
+        return torch.empty_like(self.s_NR) if self.room is None else self.room(number)
 
     @property
     def teacher_NR(self) -> Tensor:
@@ -115,7 +126,7 @@ class LogitLoss(StrictModel):
         raise NotImplementedError
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
-        """Derivative of sum_i by_i * loss_i by the student's logits of these classes, (N, R)."""
+        """Derivative of sum_i by_i * loss_i by the student's logits of these classes, (N, R), in one of the loss's matrices."""
         raise NotImplementedError
 
 
@@ -146,9 +157,19 @@ def top_of(x_NR: Tensor) -> Tensor:
     return x_NR.amax(1).clamp_min_(low) if x_NR.shape[1] else x_NR.new_full((len(x_NR),), low)
 
 
-def softmax_at(x_NR: Tensor, lse_N1: Tensor, temperature: float) -> Tensor:
+def mass_(x_NR: Tensor, top_N: Tensor) -> Tensor:
+    """e^(x - top), in place."""
+    return x_NR.sub_(top_N[:, None]).exp_()
+
+
+def dot(a_NR: Tensor, b_NR: Tensor) -> Tensor:
+    """Inner product of each row, (N,)."""
+    return torch.linalg.vecdot(a_NR, b_NR)
+
+
+def softmax_at(x_NR: Tensor, lse_N1: Tensor, temperature: float, out: Tensor) -> Tensor:
     """softmax(x / T) of some classes, given the log-sum-exp of x / T over all."""
-    return torch.add(-lse_N1, x_NR, alpha=1 / temperature).exp_()
+    return torch.add(-lse_N1, x_NR, alpha=1 / temperature, out=out).exp_()
 
 
 # --- all classes at once ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from labelmill.errors import DataError
-from labelmill.losses.class_sums import Columns, LogitLoss, Part, Sums, softmax_at, top_of
+from labelmill.losses.class_sums import Columns, LogitLoss, Part, Sums, dot, mass_, softmax_at, top_of
 
 
 class DIST(LogitLoss):
@@ -36,21 +36,24 @@ class DIST(LogitLoss):
         if number == 0:
             self._check(part)
             out = {}
-            for x, x_NR in (("s", part.s_NR / self.temperature), ("t", part.teacher_NR / self.temperature)):
+            for x, logits_NR in (("s", part.s_NR), ("t", part.teacher_NR)):
+                x_NR = part.scaled(0, logits_NR, 1 / self.temperature)
                 out[f"top_{x}"] = top_of(x_NR)
-                out[f"z_{x}"] = (x_NR - out[f"top_{x}"][:, None]).exp_().sum(1)
+                out[f"z_{x}"] = mass_(x_NR, out[f"top_{x}"]).sum(1)
             return out
         a_NR, b_NR = self._softmaxes(part, at)
-        even = 1.0 / part.num_classes
-        x_NR, y_NR = a_NR - even, b_NR - even
         rho_R, live_R, slope_NR = self._over_batch(a_NR, b_NR, part)
+        slide_N = dot(a_NR, slope_NR)
+        even = 1.0 / part.num_classes
+        a_NR -= even
+        b_NR -= even
         return {
-            "aa": torch.linalg.vecdot(x_NR, x_NR),
-            "bb": torch.linalg.vecdot(y_NR, y_NR),
-            "ab": torch.linalg.vecdot(x_NR, y_NR),
+            "aa": dot(a_NR, a_NR),
+            "bb": dot(b_NR, b_NR),
+            "ab": dot(a_NR, b_NR),
             "rho": ((1 - rho_R) * live_R).sum()[None],
             "live": live_R.sum()[None],
-            "slide": torch.linalg.vecdot(a_NR, slope_NR),
+            "slide": slide_N,
         }
 
     def _check(self, part: Part) -> None:
@@ -61,20 +64,20 @@ class DIST(LogitLoss):
 
     def _softmaxes(self, part: Part, at: Columns) -> tuple[Tensor, Tensor]:
         return (
-            softmax_at(part.s_NR, at["lse_s"], self.temperature),
-            softmax_at(part.teacher_NR, at["lse_t"], self.temperature),
+            softmax_at(part.s_NR, at["lse_s"], self.temperature, part.matrix(0)),
+            softmax_at(part.teacher_NR, at["lse_t"], self.temperature, part.matrix(1)),
         )
 
     def _over_batch(self, a_NR: Tensor, b_NR: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Correlation of each class over the batch (R,), which classes count (R,), derivative of their sum of 1 - rho by a."""
-        share_N1 = (part.weight_N > 0).to(a_NR)[:, None]
-        count = share_N1.sum().clamp_min(1)
-        x_NR = (a_NR - (a_NR * share_N1).sum(0) / count).mul_(share_N1)
-        y_NR = (b_NR - (b_NR * share_N1).sum(0) / count).mul_(share_N1)
-        xx_R, yy_R = x_NR.square().sum(0), y_NR.square().sum(0)
-        rho_R, by_y_R, by_x_R = _pearson((x_NR * y_NR).sum(0), xx_R, yy_R)
+        share_N = (part.weight_N > 0).to(a_NR)
+        count = share_N.sum().clamp_min(1)
+        x_NR = torch.sub(a_NR, share_N @ a_NR / count, out=part.matrix(2)).mul_(share_N[:, None])
+        y_NR = torch.sub(b_NR, share_N @ b_NR / count, out=part.matrix(3)).mul_(share_N[:, None])
+        xx_R, yy_R, xy_R = (torch.linalg.vecdot(u, v, dim=0) for u, v in ((x_NR, x_NR), (y_NR, y_NR), (x_NR, y_NR)))
+        rho_R, by_y_R, by_x_R = _pearson(xy_R, xx_R, yy_R)
         live_R = ((xx_R > 1e-16) & (yy_R > 1e-16)).to(rho_R) if self.skip_constant else torch.ones_like(rho_R)
-        return rho_R, live_R, (x_NR * (by_x_R * live_R)).sub_(y_NR.mul_(by_y_R * live_R))
+        return rho_R, live_R, x_NR.mul_(by_x_R * live_R).sub_(y_NR.mul_(by_y_R * live_R))
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         if number == 0:
@@ -99,8 +102,10 @@ class DIST(LogitLoss):
         inter_N1 = self.beta * by_N1
         by_batch = self.gamma * by_N1.sum() * at["each"]  # every sample's loss has the classes' mean
         g_NR = self._over_batch(a_NR, b_NR, part)[2].sub_(at["slide"]).mul_(by_batch)
-        g_NR.addcmul_(a_NR - even, inter_N1 * at["by_x"]).addcmul_(b_NR - even, -inter_N1 * at["by_y"])
-        return g_NR.sub_(inter_N1 * at["turn"]).mul_(a_NR).mul_(self.temperature)
+        by_x_N1, by_y_N1 = inter_N1 * at["by_x"], inter_N1 * at["by_y"]
+        level_N1 = even * (by_y_N1 - by_x_N1) - inter_N1 * at["turn"]  # a and b are less 1 / C in the correlation
+        g_NR.addcmul_(a_NR, by_x_N1).addcmul_(b_NR, by_y_N1, value=-1).add_(level_N1)
+        return g_NR.mul_(a_NR).mul_(self.temperature)
 
 
 def _pearson(xy: Tensor, xx: Tensor, yy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from labelmill.errors import DataError
-from labelmill.losses.class_sums import Columns, Listed, LogitLoss, Part, Sums, softmax_at, top_of
+from labelmill.losses.class_sums import Columns, Listed, LogitLoss, Part, Sums, dot, mass_, softmax_at, top_of
 from labelmill.losses.correlation import DIST
 from labelmill.losses.logit_matching import BinaryKL, BinaryKLNorm, LogitMSE, bernoulli_kl
 
@@ -32,7 +32,8 @@ class CrossEntropy(LogitLoss):
 
     def scan(self, number: int, part: Part, at: Columns) -> Sums:
         top_N = top_of(part.s_NR)
-        return {"top": top_N, "z": _mass(part.s_NR, top_N).sum(1), "own": _own(part.s_NR, part)}
+        e_NR = torch.sub(part.s_NR, top_N[:, None], out=part.matrix(0)).exp_()
+        return {"top": top_N, "z": e_NR.sum(1), "own": _own(part.s_NR, part)}
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         return {"lse": known["top"] + known["z"].log()}
@@ -41,13 +42,9 @@ class CrossEntropy(LogitLoss):
         return known["lse"] - known["own"]
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
-        p_NR = softmax_at(part.s_NR, at["lse"], 1.0)
+        p_NR = softmax_at(part.s_NR, at["lse"], 1.0, part.matrix(0))
         p_NR[part.own.at] -= 1
         return p_NR.mul_(by_N1)
-
-
-def _mass(x_NR: Tensor, top_N: Tensor) -> Tensor:
-    return (x_NR - top_N[:, None]).exp_()
 
 
 def _own(x_NR: Tensor, part: Part) -> Tensor:
@@ -69,8 +66,8 @@ class KD(LogitLoss):
     relative: ClassVar[Mapping[str, str]] = {"z_s": "top_s", "z_t": "top_t", "n": "top_t"}
 
     def scan(self, number: int, part: Part, at: Columns) -> Sums:
-        s_NR, t_NR = part.s_NR / self.temperature, part.teacher_NR / self.temperature
-        return _kl_sums(s_NR, t_NR, t_NR - s_NR)
+        s_NR, t_NR, gap_NR = _scaled(part, self.temperature)
+        return _kl_sums(s_NR, t_NR, gap_NR)
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         return _kl_ends(known)
@@ -79,22 +76,24 @@ class KD(LogitLoss):
         return self.temperature**2 * known["kl"]
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
-        p_NR = softmax_at(part.s_NR, at["lse_s"], self.temperature)
-        p_NR -= softmax_at(part.teacher_NR, at["lse_t"], self.temperature)
+        p_NR = softmax_at(part.s_NR, at["lse_s"], self.temperature, part.matrix(0))
+        p_NR -= softmax_at(part.teacher_NR, at["lse_t"], self.temperature, part.matrix(1))
         return p_NR.mul_(self.temperature * by_N1)
 
 
+def _scaled(part: Part, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """s / T, t / T and (t - s) / T."""
+    s_NR = part.scaled(0, part.s_NR, 1 / temperature)
+    t_NR = part.scaled(1, part.teacher_NR, 1 / temperature)
+    return s_NR, t_NR, torch.sub(t_NR, s_NR, out=part.matrix(2))
+
+
 def _kl_sums(s_NR: Tensor, t_NR: Tensor, gap_NR: Tensor) -> Sums:
-    """What the KL of two softmaxes is made of; `gap_NR` is t - s, and finite also where both are -inf."""
+    """What the KL of two softmaxes is made of; `gap_NR` is t - s, and finite also where both are -inf. Overwrites both."""
     top_s_N, top_t_N = top_of(s_NR), top_of(t_NR)
-    e_NR = _mass(t_NR, top_t_N)
-    z_s_N = _mass(s_NR, top_s_N).sum(1)
-    return {"top_s": top_s_N, "top_t": top_t_N, "z_s": z_s_N, "z_t": e_NR.sum(1), "n": _dot(e_NR, gap_NR)}
-
-
-def _dot(a_NR: Tensor, b_NR: Tensor) -> Tensor:
-    """Row by row, (N,)."""
-    return torch.linalg.vecdot(a_NR, b_NR)
+    e_NR = mass_(t_NR, top_t_N)
+    z_s_N = mass_(s_NR, top_s_N).sum(1)
+    return {"top_s": top_s_N, "top_t": top_t_N, "z_s": z_s_N, "z_t": e_NR.sum(1), "n": dot(e_NR, gap_NR)}
 
 
 def _kl_ends(known: Sums) -> Sums:
@@ -120,12 +119,15 @@ class StandardizedKD(LogitLoss):
             raise DataError("standardised logits need two classes or more.")
         pair = {"s": part.s_NR, "t": part.teacher_NR}
         if number == 0:
-            return {f"{name}_{x}": v for x, x_NR in pair.items() for name, v in _moments(x_NR).items()}
-        s_NR, t_NR = (torch.addcmul(at[f"shift_{x}"], x_NR, at[f"by_{x}"]) for x, x_NR in pair.items())
-        top_s_N, top_t_N = top_of(s_NR), top_of(t_NR)
-        p_NR, q_NR = _mass(s_NR, top_s_N), _mass(t_NR, top_t_N)
-        sums = {"top_s": top_s_N, "top_t": top_t_N, "z_s": p_NR.sum(1), "z_t": q_NR.sum(1)}
-        return sums | {"n": _dot(q_NR, t_NR - s_NR), "u_p": _dot(p_NR, s_NR), "u_q": _dot(q_NR, s_NR)}
+            room_NR = part.matrix(0)
+            return {f"{name}_{x}": v for x, x_NR in pair.items() for name, v in _moments(x_NR, room_NR).items()}
+        s_NR, t_NR = (
+            torch.addcmul(at[f"shift_{x}"], x_NR, at[f"by_{x}"], out=part.matrix(i))
+            for i, (x, x_NR) in enumerate(pair.items())
+        )
+        gap_NR, u_NR = torch.sub(t_NR, s_NR, out=part.matrix(2)), part.matrix(3).copy_(s_NR)
+        sums = _kl_sums(s_NR, t_NR, gap_NR)
+        return sums | {"u_p": dot(s_NR, u_NR), "u_q": dot(t_NR, u_NR)}
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         count, out = part.num_classes, {}
@@ -148,19 +150,19 @@ class StandardizedKD(LogitLoss):
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
         s_NR, t_NR = part.s_NR, part.teacher_NR
-        p_NR = torch.addcmul(at["shift_s"] - at["lse_s"], s_NR, at["by_s"]).exp_()
-        p_NR -= torch.addcmul(at["shift_t"] - at["lse_t"], t_NR, at["by_t"]).exp_()
+        p_NR = torch.addcmul(at["shift_s"] - at["lse_s"], s_NR, at["by_s"], out=part.matrix(0)).exp_()
+        p_NR -= torch.addcmul(at["shift_t"] - at["lse_t"], t_NR, at["by_t"], out=part.matrix(1)).exp_()
         p_NR.addcmul_(s_NR, at["tilt"], value=-1).add_(at["level"])
         return p_NR.mul_(self.temperature**2 * at["by_s"] * by_N1)
 
 
-def _moments(x_NR: Tensor) -> Sums:
+def _moments(x_NR: Tensor, room_NR: Tensor) -> Sums:
     """Sum and sum of squares, float64: about the chunk's own mean first, for logits far from 0."""
     count = x_NR.shape[1]
     mean_N1 = x_NR.sum(1, keepdim=True) / max(count, 1)
-    off_NR = x_NR - mean_N1
+    off_NR = torch.sub(x_NR, mean_N1, out=room_NR)
     mean_N, left_N = mean_N1[:, 0].double(), off_NR.sum(1)  # left over by the mean's rounding
-    square_N = _dot(off_NR, off_NR) + 2 * mean_N * left_N + count * mean_N.square()
+    square_N = dot(off_NR, off_NR) + 2 * mean_N * left_N + count * mean_N.square()
     return {"sum": count * mean_N + left_N, "square": square_N}
 
 
@@ -180,8 +182,7 @@ class DKD(LogitLoss):
     relative: ClassVar[Mapping[str, str]] = KD.relative
 
     def scan(self, number: int, part: Part, at: Columns) -> Sums:
-        s_NR, t_NR = part.s_NR / self.temperature, part.teacher_NR / self.temperature
-        gap_NR = t_NR - s_NR
+        s_NR, t_NR, gap_NR = _scaled(part, self.temperature)
         own = {"own_s": _own(s_NR, part), "own_t": _own(t_NR, part)}
         for x_NR in (s_NR, t_NR):
             x_NR[part.own.at] = -torch.inf
@@ -202,8 +203,9 @@ class DKD(LogitLoss):
         return self.temperature**2 * (self.alpha * known["target"] + self.beta * known["kl"])
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
-        p_NR = softmax_at(part.s_NR, at["lse_s"], self.temperature).mul_(self.beta - self.alpha * at["gap_y"])
-        p_NR.sub_(softmax_at(part.teacher_NR, at["lse_t"], self.temperature), alpha=self.beta)
+        p_NR = softmax_at(part.s_NR, at["lse_s"], self.temperature, part.matrix(0))
+        q_NR = softmax_at(part.teacher_NR, at["lse_t"], self.temperature, part.matrix(1))
+        p_NR.mul_(self.beta - self.alpha * at["gap_y"]).sub_(q_NR, alpha=self.beta)
         p_NR[part.own.at] = self.alpha * at["gap_y"][part.own.sample_P, 0]
         return p_NR.mul_(self.temperature * by_N1)
 
@@ -233,12 +235,12 @@ class ListedKD(LogitLoss):
         return listed
 
     def scan(self, number: int, part: Part, at: Columns) -> Sums:
-        s_NR, named = part.s_NR / self.temperature, part.named
+        s_NR, named = part.scaled(0, part.s_NR, 1 / self.temperature), part.named
         listed_Nk = s_NR.new_zeros(self._listed(part).ids_Nk.shape)
         listed_Nk[named.sample_P, named.place_P] = s_NR[named.at]
         s_NR[named.at] = -torch.inf
         top_N = top_of(s_NR)
-        return {"top": top_N, "z": _mass(s_NR, top_N).sum(1), "listed": listed_Nk}
+        return {"top": top_N, "z": mass_(s_NR, top_N).sum(1), "listed": listed_Nk}
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         listed, rest = self._listed(part), known["z"] > 0
@@ -256,7 +258,7 @@ class ListedKD(LogitLoss):
         return self.temperature**2 * known["kl"]
 
     def slope(self, part: Part, at: Columns, by_N1: Tensor) -> Tensor:
-        p_NR = softmax_at(part.s_NR, at["lse"], self.temperature).mul_(at["gap_rest"])
+        p_NR = softmax_at(part.s_NR, at["lse"], self.temperature, part.matrix(0)).mul_(at["gap_rest"])
         named = part.named
         p_NR[named.at] = at["gap_listed"][named.sample_P, named.place_P]
         return p_NR.mul_(self.temperature * by_N1)

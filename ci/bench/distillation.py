@@ -87,7 +87,7 @@ def steps(data: Manifest, outputs: Path, encoder: Any) -> tuple[float, float]:
         model = Student(encoder, None, 10, arm, 0, place, 10, 128)
         options = {"image_size": 28, "channels": 1}
         spec = StreamConfig().stream(data, "image", 128, **options)
-        batches = list(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare))[:8]
+        batches = list(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare, join=model.join))[:8]
         ready[name] = (model, torch.optim.AdamW(model.parameters()), batches)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(4 * ROUNDS):

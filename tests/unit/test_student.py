@@ -63,7 +63,7 @@ def student(arm: Arm, place: TeacherPlace | None, head: HeadConfig | None = None
 
 def batch_of(data: Manifest, model: Student, count: int = 16) -> Batch:
     spec = StreamConfig().stream(data, "text", count, shuffle=False)
-    return next(iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare)))
+    return next(iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare, join=model.join)))
 
 
 def test_main_head_learns_from_labels_and_second_from_the_teacher(make_text_data: Make, tmp_path: Path) -> None:

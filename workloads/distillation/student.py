@@ -5,7 +5,7 @@ Shape legend: B samples of this rank, N of all ranks, C classes, E embedding wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -187,12 +187,23 @@ class Student(Objective):
 
     # --- the teacher --------------------------------------------------------------------------------------
 
+    def join(self, keys: Sequence[str], weight_B: Tensor) -> dict[str, Any]:
+        """Kept outputs of a training batch. Padding and holes may carry keys that nobody knows: they get those of a sample
+        that counts, unused."""
+        if self.kept is None or not self.training:
+            return {}
+        live = weight_B.numpy() > 0
+        if not live.all():
+            good = keys[int(live.argmax())] if live.any() else self.kept.first_key
+            keys = [key if known else good for key, known in zip(keys, live.tolist(), strict=True)]
+        return {"teacher": self.kept.read(keys)}
+
     @torch.no_grad()
     def teach(self, batch: Batch) -> Rows:
         """What the teacher says of a batch, on its device."""
         device = batch.weight_B.device
         if self.kept is not None:
-            rows = self.kept.read(batch.keys) if not self._has_holes(batch) else self._read_known(batch)
+            rows = batch.columns["teacher"]
         else:
             model = self.live[0].to(device)
             emb_BE, logits_BC = model(batch.inputs["teacher"])
@@ -202,17 +213,6 @@ class Student(Objective):
         if self.arm.shuffled:
             moved = {n: None if v is None else v.roll(1, 0) for n, v in moved.items()}
         return Rows(**moved)  # type: ignore[arg-type]
-
-    def _has_holes(self, batch: Batch) -> bool:
-        return bool((batch.weight_B == 0).any())
-
-    def _read_known(self, batch: Batch) -> Rows:
-        """Padding and holes may carry keys that nobody knows: they get the outputs of a sample that counts, unused."""
-        assert self.kept is not None
-        good = next((k for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True) if w > 0), None)
-        if good is None:
-            good = self.kept._tables[0].column("key")[0].as_py()
-        return self.kept.read([k if w > 0 else good for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True)])
 
     def _listed(self, rows: Rows, temperature: float) -> Listed:
         if rows.ids_Bk is None or rows.values_Bk is None or rows.tail_BT is None:
@@ -234,35 +234,42 @@ class Student(Objective):
         looks = [(weight, term) for term in self.arm.features if (weight := term.at(epoch))]
         rows = self.teach(batch) if terms or looks else None
         parts: dict[str, Tensor] = {}
-        feature = emb_BD.new_zeros(())
+        own: list[Tensor] = []  # of the labels
+        taught: list[Tensor] = []
         for weight, term in looks:
             assert rows is not None
             parts[term.kind] = self._feature(term, emb_BD, rows, batch)
-            feature = feature + weight * parts[term.kind]
+            taught.append(weight * parts[term.kind])
         if self.sharded:
-            return Losses(self._sharded(emb_BD, terms, rows, batch) + feature, parts)
-        ce, taught, logits_BC = self._dense(emb_BD, terms, rows, batch, parts)
-        del logits_BC
-        total = ce + taught + feature
+            return Losses(sum(taught, self._sharded(emb_BD, terms, rows, batch)), parts)
+        self._dense(emb_BD, terms, rows, batch, parts, own, taught)
         if self.arm.align != "none" and terms and torch.is_grad_enabled():
-            total = total.detach() + self._aligned(ce, taught + feature)
-        return Losses(total, parts)
+            ce, other = own[0], sum(taught[1:], taught[0])
+            return Losses((ce + other).detach() + self._aligned(ce, other), parts)
+        both = own + taught
+        return Losses(sum(both[1:], both[0]) if both else emb_BD.sum() * 0, parts)
 
     def _dense(
-        self, emb_BD: Tensor, terms: list[Any], rows: Rows | None, batch: Batch, parts: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        emb_BD: Tensor,
+        terms: list[Any],
+        rows: Rows | None,
+        batch: Batch,
+        parts: dict[str, Tensor],
+        own: list[Tensor],
+        taught: list[Tensor],
+    ) -> None:
         logits_BC, weight_B = self.classes(emb_BD), batch.weight_B
-        count = weight_B.sum().clamp_min(1)
-        ce = logits_BC.new_zeros(())
         if self.arm.ce:
-            parts["ce"] = (F.cross_entropy(logits_BC, batch.labels.single_B, reduction="none") * weight_B).sum() / count
-            ce = self.arm.ce * parts["ce"]
-        taught = logits_BC.new_zeros(())
+            ce_B = F.cross_entropy(logits_BC, batch.labels.single_B, reduction="none")
+            parts["ce"] = ce_B @ (weight_B / weight_B.sum().clamp_min(1))
+            own.append(self.arm.ce * parts["ce"])
         if not terms:
-            return ce, taught, logits_BC
+            return
         assert rows is not None
         target_BC = logits_BC if self.arm.aux == "none" else self._aux(emb_BD)
         known_B = weight_B * rows.valid_B
+        share_B = known_B / known_B.sum().clamp_min(1)
         for weight, loss in terms:
             if loss.kind == "listed_kd":
                 loss_B = dense_distillation(
@@ -272,9 +279,8 @@ class Student(Objective):
                 if rows.logits_BC is None:
                     raise DataError(f"loss {loss.kind} needs teacher.columns logits.")
                 loss_B = self._over_ranks(loss, target_BC, rows.logits_BC, batch.labels.single_B, known_B)
-            parts[loss.kind] = (loss_B * known_B).sum() / known_B.sum().clamp_min(1)
-            taught = taught + weight * parts[loss.kind]
-        return ce, taught, logits_BC
+            parts[loss.kind] = loss_B @ share_B
+            taught.append(weight * parts[loss.kind])
 
     def _aux(self, emb_BD: Tensor) -> Tensor:
         if self.arm.aux == "nonlinear" and self.training and len(emb_BD) < 2:

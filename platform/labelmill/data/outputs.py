@@ -176,6 +176,11 @@ class Outputs:
     def __len__(self) -> int:
         return len(self._sorted)
 
+    @property
+    def first_key(self) -> str:
+        """Of the first sample."""
+        return str(next(t for t in self._tables if t.num_rows).column("key")[0].as_py())
+
     @cached_property
     def keys(self) -> np.ndarray:
         """Keys of all samples, text (N,)."""
@@ -245,9 +250,9 @@ class Outputs:
         taken = {}
         for name, values in self._columns.items():
             part = values[row_B]
+            if name in ("logits", "values", "embedding") and not np.isfinite(part).all():
+                check_outputs(name, part, keys, valid_B, "float32")
             taken[name] = torch.from_numpy(part.astype(np.int64 if name == "ids" else np.float32))
-            if name in ("logits", "values", "embedding"):
-                check_outputs(name, taken[name].numpy(), keys, valid_B, "float32")
         return Rows(
             torch.from_numpy(valid_B),
             taken.get("logits"),

@@ -25,7 +25,7 @@ from labelmill.heads.precision import matmul_precision
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.statistics import ACCELERATOR_FACTOR, UPDATE_ELEMENTS, chunk_rows
 from labelmill.heads.teaching import NoTeacher, Teacher
-from labelmill.losses.class_sums import Columns, LogitLoss, Pairs, Part, Sums, columns, joined, shrink, whole
+from labelmill.losses.class_sums import Columns, LogitLoss, Pairs, Part, Sums, joined, shrink, whole
 
 Weighted = Sequence[tuple[float, LogitLoss]]
 
@@ -248,7 +248,7 @@ class _Pass:
             self.known[i] |= self.losses[i][1].conclude(number, self.known[i], self.whole)
 
     def _columns(self) -> list[Columns]:
-        return [columns(known, self.x_ND) for known in self.known]
+        return [Columns(known, self.x_ND) for known in self.known]
 
     def _join(self, found: list[Sums]) -> None:
         """The sums of all ranks: maxima in one collective, everything else in another."""

@@ -25,8 +25,19 @@ from labelmill.job import StrictModel
 Sums = dict[str, Tensor]
 """Numbers of each sample by name: (N,), or of all samples together, (1,)."""
 
-Columns = Mapping[str, Tensor]
-"""What is known of the samples after the scans so far, in the logits' dtype, to work with a chunk; vectors as (N, 1)."""
+
+class Columns(dict[str, Tensor]):
+    """What is known of the samples after the scans so far, in the logits' dtype, to work with a chunk; vectors as (N, 1)."""
+
+    def __init__(self, known: Sums, like: Tensor) -> None:
+        super().__init__()
+        self.known, self.dtype = known, like.dtype
+
+    def __missing__(self, name: str) -> Tensor:
+        value = self.known[name].to(self.dtype)
+        self[name] = value[:, None] if value.ndim == 1 else value
+        return self[name]
+
 
 
 @dataclass(frozen=True)
@@ -146,11 +157,6 @@ def shrink(own: Sums, tops: Sums, name: str) -> Tensor:
     return torch.exp(own[name] - tops[name])
 
 
-def columns(known: Sums, like: Tensor) -> Columns:
-    """What is known, ready for chunks of logits."""
-    return {n: v.to(like.dtype) if v.ndim > 1 else v.to(like.dtype)[:, None] for n, v in known.items()}
-
-
 def top_of(x_NR: Tensor) -> Tensor:
     """Largest of each row; the lowest finite value where there is no class, or only some that are left out (-inf)."""
     low = torch.finfo(x_NR.dtype).min
@@ -162,9 +168,9 @@ def mass_(x_NR: Tensor, top_N: Tensor) -> Tensor:
     return x_NR.sub_(top_N[:, None]).exp_()
 
 
-def dot(a_NR: Tensor, b_NR: Tensor) -> Tensor:
-    """Inner product of each row, (N,)."""
-    return torch.linalg.vecdot(a_NR, b_NR)
+def dot_(a_NR: Tensor, b_NR: Tensor) -> Tensor:
+    """Inner product of each row, (N,). Overwrites a."""
+    return a_NR.mul_(b_NR).sum(1)
 
 
 def softmax_at(x_NR: Tensor, lse_N1: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -204,8 +210,7 @@ def solved(loss: LogitLoss, part: Part) -> Sums:
     """Everything known of the samples after all scans, where `part` has all classes."""
     known: Sums = {}
     for number in range(loss.scans):
-        found = loss.scan(number, part, columns(known, part.s_NR))
-        known |= {name: value.double() for name, value in found.items()}
+        known |= loss.scan(number, part, Columns(known, part.s_NR))
         known |= loss.conclude(number, known, part)
     return known
 
@@ -213,16 +218,16 @@ def solved(loss: LogitLoss, part: Part) -> Sums:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s_NC: Tensor, loss: LogitLoss, part: Part) -> Tensor:
-        known = solved(loss, part)
-        ctx.work = (loss, part, known)
-        return torch.where(part.weight_N > 0, loss.value(known, part), 0.0).to(s_NC.dtype)
+        known, hole_N = solved(loss, part), part.weight_N <= 0
+        ctx.work = (loss, part, known, hole_N)
+        return loss.value(known, part).to(s_NC.dtype).masked_fill(hole_N, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_N: Tensor) -> tuple[Tensor | None, ...]:
-        loss, part, known = ctx.work
-        by_N = torch.where(part.weight_N > 0, by_N, 0.0)
-        return loss.slope(part, columns(known, part.s_NR), by_N[:, None]), None, None
+        loss, part, known, hole_N = ctx.work
+        slope_NC = loss.slope(part, Columns(known, part.s_NR), by_N.masked_fill(hole_N, 0.0)[:, None])
+        return slope_NC.masked_fill_(hole_N[:, None], 0.0), None, None
 
 
 def dense_distillation(
@@ -248,4 +253,5 @@ def dense_distillation(
         )
     s_NC = s_NC.float() if s_NC.dtype in (torch.float16, torch.bfloat16) else s_NC
     t_NC = None if t_NC is None else t_NC.detach().to(s_NC.dtype)
+    label_N = label_N if loss.needs_label else None
     return _Dense.apply(s_NC, loss, whole(s_NC.detach(), t_NC, label_N, weight_N, listed))

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from labelmill.errors import DataError
-from labelmill.losses.class_sums import Columns, LogitLoss, Part, Sums, dot, mass_, softmax_at, top_of
+from labelmill.losses.class_sums import Columns, LogitLoss, Part, Sums, dot_, mass_, softmax_at, top_of
 
 
 class DIST(LogitLoss):
@@ -43,14 +43,14 @@ class DIST(LogitLoss):
             return out
         a_NR, b_NR = self._softmaxes(part, at)
         rho_R, live_R, slope_NR = self._over_batch(a_NR, b_NR, part)
-        slide_N = dot(a_NR, slope_NR)
+        slide_N = dot_(slope_NR, a_NR)
         even = 1.0 / part.num_classes
         a_NR -= even
         b_NR -= even
         return {
-            "aa": dot(a_NR, a_NR),
-            "bb": dot(b_NR, b_NR),
-            "ab": dot(a_NR, b_NR),
+            "ab": torch.mul(a_NR, b_NR, out=part.matrix(2)).sum(1),
+            "aa": a_NR.square_().sum(1),
+            "bb": b_NR.square_().sum(1),
             "rho": ((1 - rho_R) * live_R).sum()[None],
             "live": live_R.sum()[None],
             "slide": slide_N,

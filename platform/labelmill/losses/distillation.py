@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from labelmill.errors import DataError
-from labelmill.losses.class_sums import Columns, Listed, LogitLoss, Part, Sums, dot, mass_, softmax_at, top_of
+from labelmill.losses.class_sums import Columns, Listed, LogitLoss, Part, Sums, dot_, mass_, softmax_at, top_of
 from labelmill.losses.correlation import DIST
 from labelmill.losses.logit_matching import BinaryKL, BinaryKLNorm, LogitMSE, bernoulli_kl
 
@@ -89,11 +89,12 @@ def _scaled(part: Part, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kl_sums(s_NR: Tensor, t_NR: Tensor, gap_NR: Tensor) -> Sums:
-    """What the KL of two softmaxes is made of; `gap_NR` is t - s, and finite also where both are -inf. Overwrites both."""
+    """What the KL of two softmaxes is made of; `gap_NR` is t - s, and finite also where both are -inf. Overwrites it, and
+    both sides by e^(x - top)."""
     top_s_N, top_t_N = top_of(s_NR), top_of(t_NR)
     e_NR = mass_(t_NR, top_t_N)
     z_s_N = mass_(s_NR, top_s_N).sum(1)
-    return {"top_s": top_s_N, "top_t": top_t_N, "z_s": z_s_N, "z_t": e_NR.sum(1), "n": dot(e_NR, gap_NR)}
+    return {"top_s": top_s_N, "top_t": top_t_N, "z_s": z_s_N, "z_t": e_NR.sum(1), "n": dot_(gap_NR, e_NR)}
 
 
 def _kl_ends(known: Sums) -> Sums:
@@ -127,7 +128,7 @@ class StandardizedKD(LogitLoss):
         )
         gap_NR, u_NR = torch.sub(t_NR, s_NR, out=part.matrix(2)), part.matrix(3).copy_(s_NR)
         sums = _kl_sums(s_NR, t_NR, gap_NR)
-        return sums | {"u_p": dot(s_NR, u_NR), "u_q": dot(t_NR, u_NR)}
+        return sums | {"u_p": dot_(s_NR, u_NR), "u_q": dot_(t_NR, u_NR)}
 
     def conclude(self, number: int, known: Sums, part: Part) -> Sums:
         count, out = part.num_classes, {}
@@ -162,7 +163,7 @@ def _moments(x_NR: Tensor, room_NR: Tensor) -> Sums:
     mean_N1 = x_NR.sum(1, keepdim=True) / max(count, 1)
     off_NR = torch.sub(x_NR, mean_N1, out=room_NR)
     mean_N, left_N = mean_N1[:, 0].double(), off_NR.sum(1)  # left over by the mean's rounding
-    square_N = dot(off_NR, off_NR) + 2 * mean_N * left_N + count * mean_N.square()
+    square_N = off_NR.square_().sum(1) + 2 * mean_N * left_N + count * mean_N.square()
     return {"sum": count * mean_N + left_N, "square": square_N}
 
 

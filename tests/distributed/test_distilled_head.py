@@ -68,7 +68,7 @@ def make_head(fields: dict[str, Any], **more: Any) -> ShardedHead:
 
 
 def sharded(rank: int, world: int) -> dict[str, Tensor]:
-    with mock.patch.object(distilled, "chunk_rows", lambda _: 5):  # several chunks a rank, the last one smaller
+    with mock.patch.object(distilled, "chunk_rows", return_value=5):  # several chunks a rank, the last one smaller
         return passes(rank, world)
 
 

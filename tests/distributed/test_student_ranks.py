@@ -40,7 +40,9 @@ def gradients(rank: int, world: int, data: str, outputs: str) -> dict[str, Tenso
         torch.manual_seed(0)
         model = Student(CharNgramsConfig(dim=8, buckets=64, hidden=16), head, 7, arm, 0, place, 1, 16)
         spec = StreamConfig().stream(manifest, "text", 16, shuffle=False)
-        batch: Any = next(iter(RankStream(spec, LocalSource(spec, rank, world), rank, world, model.prepare, join=model.join)))
+        batch: Any = next(
+            iter(RankStream(spec, LocalSource(spec, rank, world), rank, world, model.prepare, join=model.join))
+        )
         losses = model.forward(batch)
         losses.total.backward()
         for key, parameter in model.named_parameters():

@@ -195,3 +195,35 @@ def test_what_is_refused(make_text_data: Make, tmp_path: Path) -> None:
     both = [np.concatenate([p.mask(i) for i in range(3)]) for p in parts.values()]
     assert [int(m.sum()) for m in both] == [25, 10]
     assert not (both[0] & both[1]).any()
+
+
+def test_cosine_of_both_gradients(make_text_data: Make, tmp_path: Path) -> None:
+    data = make_text_data(40, 15)
+    place = outputs(data, tmp_path / "out")
+    model = student(Arm(losses=NORM, aux="linear", cosine=True), place)
+    batch = batch_of(data, model)
+    found = model.forward(batch).parts
+    plain = student(Arm(losses=NORM, aux="linear"), place)
+    parts = plain.forward(batch).parts
+    assert set(found) - set(parts) == {"cosine_all", "cosine_backbone", "cosine_heads"}
+
+    def flat(loss: torch.Tensor, modules: list[torch.nn.Module]) -> torch.Tensor:
+        params = [p for module in modules for p in module.parameters()]
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, grads)])  # noqa: B905
+
+    ce, norm = parts["ce"], parts["binary_kl_norm"]
+    scopes = {
+        "cosine_all": (flat(ce, [plain]), flat(norm, [plain])),
+        "cosine_backbone": (flat(ce, [plain.encoder]), flat(norm, [plain.encoder])),
+        "cosine_heads": (flat(ce, [plain.classes]), flat(norm, [plain.aux])),
+    }
+    for name, (one, two) in scopes.items():
+        assert found[name].item() == pytest.approx(F.cosine_similarity(one, two, dim=0).item(), abs=1e-5), name
+    model.log_every = 5
+    model.begin(2, 10)
+    assert "cosine_all" not in model.forward(batch).parts, "only where metrics are logged"
+    model.begin(4, 10)
+    assert "cosine_all" in model.forward(batch).parts
+    with pytest.raises(ValidationError, match="cosine compares two gradients"):
+        Arm(cosine=True)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from labelmill.data.config import DataConfig
+from labelmill.data.decode import decode_column
 from labelmill.data.keys import key_hashes
 from labelmill.data.manifest import Manifest
 from labelmill.data.outputs import Outputs
 from labelmill.data.selection import KeepRows
-from labelmill.data.shards import read_labels
+from labelmill.data.shards import read_labels, read_shard
 from labelmill.data.spec import AnySpec
 from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.encoders.base import Encoder
 from labelmill.errors import DataError, JobError
 from labelmill.evaluation.calibration import reliability
 from labelmill.evaluation.groups import wilson_interval
@@ -46,6 +48,7 @@ from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier, input_options
 from workloads.distillation.student import Arm, Student, TeacherPlace
 
+MEASURED = 64  # samples of a batch whose time is taken
 AnyTeacher = RegisteredTeacher | FittedTeacher | CachedTeacher | EncoderTeacher
 
 
@@ -212,8 +215,10 @@ def fit_student(
     assert train.label.num_classes is not None
     if arm.learning_rate:
         config = config.model_copy(update={"learning_rate": arm.learning_rate})
-    if arm.align != "none" and config.zero_stage == 3:
-        raise JobError("align takes the gradient of each loss by whole parameters: use train.zero_stage 0, 1 or 2.")
+    if (arm.align != "none" or arm.cosine) and config.zero_stage == 3:
+        raise JobError(
+            "align and cosine take the gradient of each loss by whole parameters: use train.zero_stage 0, 1 or 2."
+        )
     objective = partial(
         Student,
         encoder,
@@ -224,6 +229,7 @@ def fit_student(
         teacher if arm.taught else None,
         epoch_steps=max(1.0, train.epoch_samples / config.global_batch) * config.accumulation,
         step_samples=config.global_batch // config.accumulation,
+        log_every=config.log_every,
     )
     return {"seconds": run.fit(folder, objective, train, config, predict, augment, seed=seed).seconds}
 
@@ -320,6 +326,14 @@ def _report_curves(run: Run, fits: Mapping[str, Stage]) -> None:
         run.report_data_health(Fitted(fit.folder))
     if curves:
         figures.lines(curves, "step", "training loss", run.figure("losses"))
+
+
+def some_inputs(data: Manifest, encoder: Encoder, count: int = MEASURED) -> Any:
+    """Decoded values of the first samples, as the encoder takes them."""
+    table = read_shard(data, 0).slice(0, count)
+    field, config = data.fields[encoder.field], encoder.config
+    options = {"size": getattr(config, "image_size", None), "channels": getattr(config, "channels", 3)}
+    return decode_column(table.column(encoder.field), field, table.column("key").to_pylist(), **options)[0]
 
 
 def measure(folder: Path, raw: Any, repeats: int = 20) -> dict[str, float]:

@@ -29,7 +29,7 @@ from labelmill.job import StrictModel
 from labelmill.losses import features
 from labelmill.losses.class_sums import Listed, dense_distillation
 from labelmill.losses.distillation import CrossEntropy, ListedKD, LogitLossConfig
-from labelmill.losses.soft_targets import aligned_gradients
+from labelmill.losses.soft_targets import aligned_gradients, gradient_cosine
 from labelmill.teachers import TeacherModel
 from labelmill.training.objective import Losses, Objective
 
@@ -78,6 +78,9 @@ class Arm(StrictModel):
         "none",
         description="take from the teacher's gradient what opposes that of cross-entropy: over all parameters, or the encoder's",
     )
+    cosine: bool = Field(
+        False, description="log the cosine of both losses' gradients, with the other metrics; needs a dense head"
+    )
     shuffled: bool = Field(False, description="a control: each sample gets another sample's teacher outputs")
     learning_rate: float | None = Field(None, gt=0, description="instead of train.learning_rate")
 
@@ -85,8 +88,9 @@ class Arm(StrictModel):
     def _check(self) -> Arm:
         if self.aux != "none" and not self.losses:
             raise ValueError("aux: a second head needs losses to learn from")
-        if self.align != "none" and not (self.ce and self.losses):
-            raise ValueError("align compares two gradients: give ce a weight, and losses")
+        for name in ("align", "cosine"):
+            if getattr(self, name) not in ("none", False) and not (self.ce and self.losses):
+                raise ValueError(f"{name} compares two gradients: give ce a weight, and losses")
         if not (self.ce or self.losses or self.features):
             raise ValueError("nothing to learn from: ce is 0 and there are no losses")
         return self
@@ -130,6 +134,7 @@ class Student(Objective):
         seed: of a sharded head.
         teacher: where it is.
         epoch_steps: steps of an epoch, for schedules; `step_samples` positions of a step.
+        log_every: steps between logged metrics.
     """
 
     def __init__(
@@ -142,16 +147,18 @@ class Student(Objective):
         teacher: TeacherPlace | None,
         epoch_steps: float,
         step_samples: int,
+        log_every: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = build_encoder(encoder)
         self.num_classes, self.arm = num_classes, arm
         self.epoch_steps, self.step_samples = epoch_steps, step_samples
+        self.log_every, self.logged = log_every, True
         self.sharded: dict[str, ShardedHead] = {}
         if head:
             self.sharded["classes"] = ShardedHead(num_classes, self.encoder.dim, head, seed=seed)
-            if arm.align != "none":
-                raise JobError("align works on a dense head: leave head out.")
+            if arm.align != "none" or arm.cosine:
+                raise JobError("align and cosine work on a dense head: leave head out.")
             if arm.aux == "nonlinear":
                 raise JobError(
                     "aux nonlinear has a dense layer over all classes: use aux linear beside a sharded head."
@@ -178,6 +185,9 @@ class Student(Objective):
     @property
     def heads(self) -> Mapping[str, ShardedHead]:
         return self.sharded
+
+    def begin(self, step: int, total: int) -> None:
+        self.logged = (step + 1) % self.log_every == 0 or step + 1 == total
 
     def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
         inputs = {"student": self.encoder.prepare(raw, rng)}
@@ -243,10 +253,14 @@ class Student(Objective):
         if self.sharded:
             return Losses(sum(taught, self._sharded(emb_BD, terms, rows, batch)), parts)
         self._dense(emb_BD, terms, rows, batch, parts, own, taught)
-        if self.arm.align != "none" and terms and torch.is_grad_enabled():
-            ce, other = own[0], sum(taught[1:], taught[0])
-            return Losses((ce + other).detach() + self._aligned(ce, other), parts)
         both = own + taught
+        watches = self.arm.align != "none" or (self.arm.cosine and self.logged)
+        if watches and terms and torch.is_grad_enabled():
+            ce, other = own[0], sum(taught[1:], taught[0])
+            pair = self._gradients(ce, other)
+            parts |= self._cosines(*pair)
+            if self.arm.align != "none":
+                return Losses((ce + other).detach() + self._aligned(*pair), parts)
         return Losses(sum(both[1:], both[0]) if both else emb_BD.sum() * 0, parts)
 
     def _dense(
@@ -346,13 +360,9 @@ class Student(Objective):
         function = features.rkd if term.kind == "rkd" else features.similarity_preserving
         return function(s_ND[live_N], t_NE[live_N])
 
-    def _aligned(self, ce: Tensor, taught: Tensor) -> Tensor:
-        """A scalar of value 0 whose gradient is the aligned sum of both losses' (DHKD's gradient alignment).
-
-        Gradients are averaged over the ranks before their directions are compared.
-        """
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        params = [p for _, p in named]
+    def _gradients(self, ce: Tensor, taught: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Of both losses by each parameter, averaged over the ranks, as their directions are compared; None for zero."""
+        params = [p for p in self.parameters() if p.requires_grad]
         first, second = (
             list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)) for loss in (ce, taught)
         )
@@ -361,12 +371,39 @@ class Student(Objective):
                 for i, grad in enumerate(grads):
                     if grad is not None:
                         grads[i] = self.ranks.sum_(grad.contiguous()) / self.ranks.world
-        inside = [self.arm.align == "all" or name.startswith("encoder.") for name, _ in named]
+        return first, second
+
+    def _within(self, prefix: str) -> list[bool]:
+        """Which of the parameters belong to a part of the student."""
+        return [name.startswith(prefix) for name, p in self.named_parameters() if p.requires_grad]
+
+    def _cosines(self, first: list[Tensor | None], second: list[Tensor | None]) -> dict[str, Tensor]:
+        """Between the gradients of labels and teacher: over all parameters, in the encoder, and in the head.
+
+        With a linear second head the latter compares the two heads, row by row the same class: what one head would meet.
+        """
+
+        def only(grads: list[Tensor | None], prefix: str) -> list[Tensor | None]:
+            return [g for g, inside in zip(grads, self._within(prefix), strict=True) if inside]
+
+        found = {
+            "cosine_all": gradient_cosine(first, second),
+            "cosine_backbone": gradient_cosine(only(first, "encoder."), only(second, "encoder.")),
+        }
+        if self.arm.aux != "nonlinear":
+            other = "classes." if self.arm.aux == "none" else "aux."
+            found["cosine_heads"] = gradient_cosine(only(first, "classes."), only(second, other))
+        return {name: value.float() for name, value in found.items()}
+
+    def _aligned(self, first: list[Tensor | None], second: list[Tensor | None]) -> Tensor:
+        """A scalar of value 0 whose gradient is the aligned sum of both losses' (DHKD's gradient alignment)."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        inside = self._within("" if self.arm.align == "all" else "encoder.")
         joined = aligned_gradients(
             [g if use else None for g, use in zip(first, inside, strict=True)],
             [g if use else None for g, use in zip(second, inside, strict=True)],
         )
-        total = ce.new_zeros(())
+        total = params[0].new_zeros(())
         for p, a, b, both, use in zip(params, first, second, joined, inside, strict=True):
             whole = both if use else (a if b is None else b if a is None else a + b)
             if whole is not None:

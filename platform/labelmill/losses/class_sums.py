@@ -39,7 +39,6 @@ class Columns(dict[str, Tensor]):
         return self[name]
 
 
-
 @dataclass(frozen=True)
 class Listed:
     """A teacher known by its best classes and by what the others weigh together.

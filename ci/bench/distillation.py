@@ -35,7 +35,8 @@ from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.teaching import RowTeacher
 from labelmill.losses.distillation import KD, BinaryKLNorm, CrossEntropy, StandardizedKD
 from labelmill.teachers import TeacherModel, teach_shard
-from workloads.distillation.student import Arm, LogitTerm, Student, TeacherPlace
+from workloads.distillation.arms import Arm, LogitTerm
+from workloads.distillation.student import Student, TeacherPlace
 
 ROUNDS = 5
 

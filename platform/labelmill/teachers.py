@@ -156,11 +156,20 @@ class TeacherModel(nn.Module):
     def forward(self, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
         """(embedding (B, E), logits (B, C) or None), float32."""
         emb_BE = self.encoder(prepared).float()
+        return emb_BE, self._logits(emb_BE)
+
+    @torch.no_grad()
+    def with_maps(self, prepared: Prepared) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """`forward`, and the encoder's feature maps."""
+        emb_BE, maps = self.encoder.maps(prepared)
+        return emb_BE.float(), self._logits(emb_BE.float()), maps
+
+    def _logits(self, emb_BE: Tensor) -> Tensor | None:
         if self.rows_CE is None:
-            return emb_BE, None
+            return None
         unit_BE = nn.functional.normalize(emb_BE, dim=1) if self.normalized else emb_BE
         logits_BC = self.scale * unit_BE @ self.rows_CE.T
-        return emb_BE, logits_BC if self.bias_C is None else logits_BC + self.bias_C
+        return logits_BC if self.bias_C is None else logits_BC + self.bias_C
 
 
 def check_frozen(module: nn.Module) -> None:

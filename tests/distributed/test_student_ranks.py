@@ -22,7 +22,8 @@ from labelmill.encoders import CharNgramsConfig
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.distillation import DIST, KD, BinaryKLNorm
 from labelmill.training.local import spawn
-from workloads.distillation.student import Arm, FeatureTerm, LogitTerm, Student, TeacherPlace
+from workloads.distillation.arms import Arm, FeatureTerm, LogitTerm
+from workloads.distillation.student import Student, TeacherPlace
 
 NORM = (LogitTerm(loss=BinaryKLNorm(), weight=30.0),)
 ARMS = {

@@ -269,8 +269,11 @@ def test_feature_losses() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     assert features.rkd(x, 3 * x @ turned).item() == pytest.approx(0, abs=1e-10), "turning and scaling don't matter"
     maps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 5, 4, 4).double()
-    assert features.attention_transfer(maps[0], 2 * maps[0]).item() == pytest.approx(0, abs=1e-12)
-    assert features.attention_transfer(*maps).item() > 0
+    assert features.attention_transfer(maps[0], 2 * maps[0]).sum().item() == pytest.approx(0, abs=1e-12)
+    assert features.attention_transfer(*maps).min().item() > 0
+    flat, peak = torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 2, 2, 2).double()
+    peak[0, 0, 0, 0] = 2  # maps (1/2, 1/2, 1/2, 1/2) and (1, 0, 0, 0)
+    torch.testing.assert_close(features.attention_transfer(flat, peak), torch.tensor([0.25]).double())
     assert features.embedding_cosine(x, 5 * x).abs().max().item() < 1e-12
     torch.testing.assert_close(
         4 * features.listwise_kl(S, TEACHER, 2), dense_distillation(KD(temperature=2), S, TEACHER)

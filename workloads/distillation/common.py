@@ -46,7 +46,8 @@ from labelmill.teachers import (
 from labelmill.tracking import figures
 from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier, input_options
-from workloads.distillation.student import Arm, Student, TeacherPlace
+from workloads.distillation.arms import Arm
+from workloads.distillation.student import Student, TeacherPlace
 
 MEASURED = 64  # samples of a batch whose time is taken
 AnyTeacher = RegisteredTeacher | FittedTeacher | CachedTeacher | EncoderTeacher

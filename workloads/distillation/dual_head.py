@@ -17,8 +17,8 @@ from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.tracking import figures
 from labelmill.workload import workload
+from workloads.distillation.arms import Arm, Arms, LogitTerm
 from workloads.distillation.kd import DistillJob, distill
-from workloads.distillation.student import Arm, Arms, LogitTerm
 
 _NORM = (LogitTerm(loss=BinaryKLNorm()),)
 ARMS = {

@@ -11,21 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from labelmill.data.config import DataConfig
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import StreamSpec
-from labelmill.encoders import EncoderConfig
+from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.encoders.base import Encoder
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.distillation import KD
 from labelmill.run import Run, build_package
 from labelmill.stages import Fitted, Stage
-from labelmill.teachers import FittedTeacher, TeacherConfig, TeacherModel
+from labelmill.teachers import EncoderTeacher, FittedTeacher, TeacherConfig, TeacherModel
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import input_options
+from workloads.distillation.arms import Arm, Arms, LogitTerm
 from workloads.distillation.common import (
     MEASURED,
     Teacher,
@@ -36,7 +39,7 @@ from workloads.distillation.common import (
     some_inputs,
     streams,
 )
-from workloads.distillation.student import Arm, Arms, LogitTerm
+from workloads.distillation.matching import map_shapes, paired
 
 _HINTON = Arm(ce=0.1, losses=(LogitTerm(weight=0.9, loss=KD(temperature=4)),))
 
@@ -67,8 +70,15 @@ class DistillJob(TrainJob):
             )
         columns = set(getattr(self.teacher, "columns", ()))
         for name, arm in self.arms.items():
-            if arm.features and columns and "embedding" not in columns and not live:
+            if any(not t.of_maps for t in arm.features) and columns and "embedding" not in columns and not live:
                 raise ValueError(f"arms.{name}: feature losses need embedding in teacher.columns")
+            if arm.needs_maps and not live:
+                raise ValueError(
+                    f"arms.{name}: feature maps are too large to keep: attention and fitnet_maps take a teacher that runs "
+                    "beside the student (kind fit, registered or encoder, with live: true)"
+                )
+            if arm.needs_maps and self.train.zero_stage == 3:
+                raise ValueError(f"arms.{name}: attention and fitnet_maps take train.zero_stage 0, 1 or 2")
             if live and any(term.loss.kind == "listed_kd" for term in arm.losses):
                 raise ValueError(f"arms.{name}: listed_kd takes kept outputs (teacher.live false, columns topk)")
         return self
@@ -86,6 +96,9 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     train, test = job.data.open()
     if train.label.form != "single":
         raise JobError(f"{job.workload} takes a single label a sample; {train.name!r} has {train.label.form}.")
+    needs_maps = any(arm.needs_maps for arm in job.arms.values())
+    if needs_maps and isinstance(job.teacher, FittedTeacher | EncoderTeacher):
+        check_maps(job, _built(job.teacher.encoder))
     parts = {"student": (job.samples, job.train.global_batch)}
     encoders: dict[str, Any] = {"student": job.encoder}
     if isinstance(job.teacher, FittedTeacher):
@@ -97,6 +110,8 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     only = chosen.path if job.samples and chosen is not None else ""
     options = (spec.get("teacher"), job.data.max_bad_samples, job.seed, only)
     teacher = open_teacher(run, job.teacher, train, test, *options)
+    if needs_maps and teacher.package:
+        check_maps(job, TeacherModel.of(teacher.package).encoder)
     look: Callable[..., StreamSpec] = partial(
         job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed)
     )
@@ -119,6 +134,20 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     report_students(run, fits, teacher, test)
     export(job, run, fits, teacher, train, test)
     return fits, teacher, train
+
+
+def check_maps(job: DistillJob, teacher: Encoder) -> None:
+    """Raises JobError unless the feature maps that arms compare are there."""
+    shapes = map_shapes(_built(job.encoder)), map_shapes(teacher)
+    for arm in job.arms.values():
+        for term in arm.features:
+            if term.of_maps:
+                paired(term, *shapes)
+
+
+def _built(config: EncoderConfig) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        return build_encoder(config)
 
 
 def pack_student(

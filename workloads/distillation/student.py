@@ -6,11 +6,11 @@ Shape legend: B samples of this rank, N of all ranks, C classes, E embedding wid
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,79 +26,16 @@ from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.teaching import ListedTeacher, LogitTeacher
 from labelmill.job import StrictModel
-from labelmill.losses import features
 from labelmill.losses.class_sums import Listed, dense_distillation
-from labelmill.losses.distillation import CrossEntropy, ListedKD, LogitLossConfig
+from labelmill.losses.distillation import CrossEntropy, ListedKD
 from labelmill.losses.soft_targets import aligned_gradients, gradient_cosine
 from labelmill.teachers import TeacherModel
 from labelmill.training.objective import Losses, Objective
+from workloads.distillation.arms import Arm
+from workloads.distillation.matching import FeatureLosses
 
 KEEP_LOGITS = 1000  # classes up to which predictions hold every logit
 _NO_CE = CrossEntropy()
-_MOST_TRIPLETS = 512  # samples of a batch: N^3 angles
-
-
-class Schedule(StrictModel):
-    """When a term takes part."""
-
-    weight: float = Field(1.0, ge=0)
-    warmup_epochs: float = Field(0.0, ge=0, description="the weight rises linearly over so many epochs")
-    off_epoch: float | None = Field(None, gt=0, description="from this epoch on the term is off")
-
-    def at(self, epoch: float) -> float:
-        """The weight at an epoch, from 0."""
-        if self.off_epoch is not None and epoch >= self.off_epoch:
-            return 0.0
-        return self.weight * min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else self.weight
-
-
-class LogitTerm(Schedule):
-    """A loss between the student's logits and the teacher's."""
-
-    loss: LogitLossConfig
-
-
-class FeatureTerm(Schedule):
-    """A loss between embeddings. fitnet, cosine and crd compare the student's through a linear layer, which isn't exported."""
-
-    kind: Literal["fitnet", "cosine", "crd", "rkd", "sp"]
-    temperature: float = Field(0.07, gt=0, description="crd: of the cosines")
-
-
-class Arm(StrictModel):
-    """One way to train the student."""
-
-    ce: float = Field(1.0, ge=0, description="weight of cross-entropy on the labels")
-    losses: tuple[LogitTerm, ...] = ()
-    features: tuple[FeatureTerm, ...] = ()
-    aux: Literal["none", "linear", "nonlinear"] = Field(
-        "none", description="a second head that alone takes the logit losses; it isn't exported"
-    )
-    align: Literal["none", "all", "backbone"] = Field(
-        "none",
-        description="take from the teacher's gradient what opposes that of cross-entropy: over all parameters, or the encoder's",
-    )
-    cosine: bool = Field(
-        False, description="log the cosine of both losses' gradients, with the other metrics; needs a dense head"
-    )
-    shuffled: bool = Field(False, description="a control: each sample gets another sample's teacher outputs")
-    learning_rate: float | None = Field(None, gt=0, description="instead of train.learning_rate")
-
-    @model_validator(mode="after")
-    def _check(self) -> Arm:
-        if self.aux != "none" and not self.losses:
-            raise ValueError("aux: a second head needs losses to learn from")
-        for name in ("align", "cosine"):
-            if getattr(self, name) not in ("none", False) and not (self.ce and self.losses):
-                raise ValueError(f"{name} compares two gradients: give ce a weight, and losses")
-        if not (self.ce or self.losses or self.features):
-            raise ValueError("nothing to learn from: ce is 0 and there are no losses")
-        return self
-
-    @property
-    def taught(self) -> bool:
-        """Whether a teacher is needed."""
-        return bool(self.losses or self.features)
 
 
 class TeacherPlace(StrictModel):
@@ -178,9 +115,11 @@ class Student(Objective):
             (teacher.live(),) if teacher and not teacher.outputs and arm.taught else ()
         )
         self.temperatures = teacher.temperatures if teacher else ()
-        if any(term.kind in ("fitnet", "cosine", "crd") for term in arm.features):
+        self.matching: FeatureLosses | None = None
+        if arm.features:
             assert teacher is not None
-            self.adapter = nn.Linear(self.encoder.dim, teacher.width)
+            other = self.live[0].encoder if self.live else None
+            self.matching = FeatureLosses(arm.features, self.encoder, other, teacher.width, self.ranks)
 
     @property
     def heads(self) -> Mapping[str, ShardedHead]:
@@ -216,13 +155,18 @@ class Student(Objective):
             rows = batch.columns["teacher"]
         else:
             model = self.live[0].to(device)
-            emb_BE, logits_BC = model(batch.inputs["teacher"])
-            rows = Rows(torch.ones(len(batch), dtype=torch.bool), logits_BC, embedding_BE=emb_BE)
+            inputs, maps = batch.inputs["teacher"], list[Tensor]()
+            if self.arm.needs_maps:
+                emb_BE, logits_BC, maps = model.with_maps(inputs)
+            else:
+                emb_BE, logits_BC = model(inputs)
+            rows = Rows(torch.ones(len(batch), dtype=torch.bool), logits_BC, embedding_BE=emb_BE, maps=tuple(maps))
         names = ("valid_B", "logits_BC", "ids_Bk", "values_Bk", "tail_BT", "embedding_BE")
         moved = {n: None if (v := getattr(rows, n)) is None else v.to(device) for n in names}
         if self.arm.shuffled:
             moved = {n: None if v is None else v.roll(1, 0) for n, v in moved.items()}
-        return Rows(**moved)  # type: ignore[arg-type]
+        maps = tuple(v.roll(1, 0) if self.arm.shuffled else v for v in rows.maps)
+        return Rows(**moved, maps=maps)  # type: ignore[arg-type]
 
     def _listed(self, rows: Rows, temperature: float) -> Listed:
         if rows.ids_Bk is None or rows.values_Bk is None or rows.tail_BT is None:
@@ -239,7 +183,11 @@ class Student(Objective):
 
     def forward(self, batch: Batch) -> Losses:
         epoch = self.epoch_of(batch)
-        emb_BD = self.encoder(batch.inputs["student"])
+        maps: list[Tensor] = []
+        if self.arm.needs_maps:
+            emb_BD, maps = self.encoder.maps(batch.inputs["student"])
+        else:
+            emb_BD = self.encoder(batch.inputs["student"])
         terms = [(weight, term.loss) for term in self.arm.losses if (weight := term.at(epoch))]
         looks = [(weight, term) for term in self.arm.features if (weight := term.at(epoch))]
         rows = self.teach(batch) if terms or looks else None
@@ -248,7 +196,8 @@ class Student(Objective):
         taught: list[Tensor] = []
         for weight, term in looks:
             assert rows is not None
-            parts[term.kind] = self._feature(term, emb_BD, rows, batch)
+            assert self.matching is not None
+            parts[term.kind] = self.matching(term, emb_BD, maps, rows, batch.weight_B)
             taught.append(weight * parts[term.kind])
         if self.sharded:
             return Losses(sum(taught, self._sharded(emb_BD, terms, rows, batch)), parts)
@@ -337,29 +286,6 @@ class Student(Objective):
             total = total + distillation_loss(aux, emb_BD, terms, teacher, label_B, weight_B)
         return total
 
-    def _feature(self, term: FeatureTerm, emb_BD: Tensor, rows: Rows, batch: Batch) -> Tensor:
-        if rows.embedding_BE is None:
-            raise DataError(f"feature loss {term.kind} needs teacher.columns embedding.")
-        live_B = (batch.weight_B > 0) & rows.valid_B
-        t_BE = rows.embedding_BE
-        if term.kind in ("fitnet", "cosine"):
-            s_BE = self.adapter(emb_BD)
-            each_B = (s_BE - t_BE).square().mean(1) if term.kind == "fitnet" else features.embedding_cosine(s_BE, t_BE)
-            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
-        counts = [n for (n,) in self.ranks.gather_numbers([len(emb_BD)], emb_BD.device)]
-        t_NE, live_N = self.ranks.gather_rows(t_BE.contiguous(), counts), self.ranks.gather_rows(live_B, counts)
-        if term.kind == "crd":
-            own_B = sum(counts[: self.ranks.rank]) + torch.arange(len(emb_BD), device=emb_BD.device)
-            each_B = features.contrastive_distillation(self.adapter(emb_BD), t_NE, own_B, term.temperature, live_N)
-            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
-        if term.kind == "rkd" and sum(counts) > _MOST_TRIPLETS:
-            raise DataError(
-                f"rkd compares all triplets of a batch: {sum(counts)} samples are too many, {_MOST_TRIPLETS} the most."
-            )
-        s_ND = self.ranks.gather_rows_with_grad(emb_BD, counts)
-        function = features.rkd if term.kind == "rkd" else features.similarity_preserving
-        return function(s_ND[live_N], t_NE[live_N])
-
     def _gradients(self, ce: Tensor, taught: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Of both losses by each parameter, averaged over the ranks, as their directions are compared; None for zero."""
         params = [p for p in self.parameters() if p.requires_grad]
@@ -427,6 +353,3 @@ class Student(Objective):
         logits_BC = self.classes(emb_BD).float()
         prob, ids = torch.softmax(logits_BC, 1).topk(1)
         return {"label": label_B, "class_id": ids, "prob": prob} | ({"logits": logits_BC} if keep else {})
-
-
-Arms = dict[str, Arm]

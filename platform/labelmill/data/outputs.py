@@ -133,6 +133,7 @@ class Rows:
 
     Attributes:
         valid_B: False where the model's input couldn't be read; its values mean nothing.
+        maps: feature maps of a model that runs live, (B, C, H, W) each; they aren't kept.
     """
 
     valid_B: Tensor
@@ -141,6 +142,7 @@ class Rows:
     values_Bk: Tensor | None = None
     tail_BT: Tensor | None = None
     embedding_BE: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
 
 
 class Outputs:

@@ -6,7 +6,7 @@ Shape legend: N samples, Q test samples, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -123,6 +123,7 @@ class Teacher:
         train, test: kept outputs; None where it runs live, or has none of the test set.
         package: its packaged model, if it has one.
         reference: registry reference, for lineage.
+        fit: the stage that trained it, if the job did.
     """
 
     place: TeacherPlace
@@ -130,6 +131,7 @@ class Teacher:
     test: Outputs | None = None
     package: Path | None = None
     reference: str = ""
+    fit: Stage | None = None
 
 
 def open_teacher(
@@ -155,7 +157,7 @@ def open_teacher(
             outputs=str(Path(teacher.folder).resolve()), width=_width(kept), temperatures=kept.info.temperatures
         )
         return Teacher(place, kept)
-    package, reference, name = None, "", ""
+    package, reference, name, fit = None, "", "", None
     if isinstance(teacher, FittedTeacher):
         assert spec is not None
         fit = run.stage("fit-teacher", fit_teacher, train=spec, predict={}, teacher=teacher, seed=seed)
@@ -172,7 +174,7 @@ def open_teacher(
     width = model.dim
     if teacher.live:
         place = TeacherPlace(package=str(package.resolve()) if package else "", encoder=encoder, width=width)
-        return Teacher(place, package=package, reference=reference)
+        return Teacher(place, package=package, reference=reference, fit=fit)
     options: dict[str, Any] = {
         "package": package,
         "encoder": encoder,
@@ -191,7 +193,7 @@ def open_teacher(
     run.report.meta["teacher_outputs"] = kept.digest
     run.tracker.tags({"labelmill.teacher_outputs": kept.digest})
     place = TeacherPlace(outputs=str(kept.folder.resolve()), width=width, temperatures=kept.info.temperatures)
-    return Teacher(place, kept, held, package, reference)
+    return Teacher(place, kept, held, package, reference, fit)
 
 
 def _width(kept: Outputs) -> int:
@@ -267,14 +269,13 @@ def report_students(
     caption = "test set; the interval is that of the sample, not of the seed. Agreement and KL are with the teacher"
     header = ["system", "accuracy %", "ECE %", "agreement %", "KL to teacher"]
     run.report.add_table("students", header, rows, caption)
-    figures.lines(
-        curves | {"perfect": ([0, 1], [0, 1])}, "confidence", "accuracy", run.figure("reliability"), markers=True
-    )
+    figures.reliability_panels(curves, run.figure("reliability"))
     names = list(classes)
     if len(names) > 1:
         agree = np.array([[float((classes[a] == classes[b]).mean()) for b in names] for a in names])
-        figures.matrix(agree, names, names, run.figure("agreement"), "", "", title="same answer on the test set")
-    _report_curves(run, fits)
+        title, low = "same answer on the test set, %", max(0.0, float(agree.min()) - 0.05)
+        figures.matrix(agree, names, names, run.figure("agreement"), "", "", title=title, low=low)
+    _report_curves(run, fits, teacher)
     teacher_accuracy = run.report.metrics.get("test/teacher")
     if teacher_accuracy is not None:
         better = [n for n in fits if run.report.metrics[f"test/{n}"] > teacher_accuracy]
@@ -313,20 +314,32 @@ def add_row(
     shown = [f"{100 * facts[m]:.2f}" if m in facts else "" for m in ("ece", "agreement")]
     kl = f"{facts['kl']:.4f}" if "kl" in facts else ""
     rows.append([name, f"{100 * facts['test']:.2f} ± {50 * (high - low):.2f}", *shown, kl])
-    curves[name] = (found.confidence_M.tolist(), found.accuracy_M.tolist())
+    curves[name] = (found.confidence_M, found.accuracy_M, found.count_M)
     classes[name] = best_Q
 
 
-def _report_curves(run: Run, fits: Mapping[str, Stage]) -> None:
-    curves = {}
+def _report_curves(run: Run, fits: Mapping[str, Stage], teacher: Teacher | None) -> None:
+    """Training losses, and what of them can be compared: cross-entropy on the labels, the teacher's own beside it."""
+    curves, labels = {}, {}
+    if teacher and teacher.fit:
+        labels["teacher"] = _curve(Fitted(teacher.fit.folder).history, "train/loss")
     for name, fit in fits.items():
         history = Fitted(fit.folder).history
-        if history:
-            curves[name] = ([h["step"] for h in history], [h["train/loss"] for h in history])
-        report_training(run, Fitted(fit.folder), fit["seconds"], name)
+        curves[name], labels[name] = _curve(history, "train/loss"), _curve(history, "train/ce")
+        report_training(run, Fitted(fit.folder), fit["seconds"], name, drawn=False)
         run.report_data_health(Fitted(fit.folder))
-    if curves:
-        figures.lines(curves, "step", "training loss", run.figure("losses"))
+    for figure, series, title in (
+        ("losses", curves, "training loss, each arm's own"),
+        ("cross_entropy", labels, "cross-entropy on training labels"),
+    ):
+        some = {name: curve for name, curve in series.items() if curve[0]}
+        if some:
+            figures.lines(some, "step", title, run.figure(figure))
+
+
+def _curve(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    known = [h for h in history if key in h]
+    return [h["step"] for h in known], [h[key] for h in known]
 
 
 def some_inputs(data: Manifest, encoder: Encoder, count: int = MEASURED) -> Any:

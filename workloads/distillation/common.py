@@ -153,6 +153,7 @@ def open_teacher(
         kept = Outputs(teacher.folder)
         kept.verify()
         kept.check(train, classes=kept.info.num_classes > 0)
+        kept.check_logits()
         place = TeacherPlace(
             outputs=str(Path(teacher.folder).resolve()), width=_width(kept), temperatures=kept.info.temperatures
         )
@@ -346,8 +347,8 @@ def some_inputs(data: Manifest, encoder: Encoder, count: int = MEASURED) -> Any:
     """Decoded values of the first samples, as the encoder takes them."""
     table = read_shard(data, 0).slice(0, count)
     field, config = data.fields[encoder.field], encoder.config
-    options = {"size": getattr(config, "image_size", None), "channels": getattr(config, "channels", 3)}
-    return decode_column(table.column(encoder.field), field, table.column("key").to_pylist(), **options)[0]
+    size, channels = getattr(config, "image_size", None), getattr(config, "channels", 3)
+    return decode_column(table.column(encoder.field), field, table.column("key").to_pylist(), size, channels)[0]
 
 
 def measure(folder: Path, raw: Any, repeats: int = 20) -> dict[str, float]:

@@ -165,8 +165,8 @@ class Student(Objective):
         moved = {n: None if (v := getattr(rows, n)) is None else v.to(device) for n in names}
         if self.arm.shuffled:
             moved = {n: None if v is None else v.roll(1, 0) for n, v in moved.items()}
-        maps = tuple(v.roll(1, 0) if self.arm.shuffled else v for v in rows.maps)
-        return Rows(**moved, maps=maps)  # type: ignore[arg-type]
+        shown = tuple(v.roll(1, 0) if self.arm.shuffled else v for v in rows.maps)
+        return Rows(**moved, maps=shown)  # type: ignore[arg-type]
 
     def _listed(self, rows: Rows, temperature: float) -> Listed:
         if rows.ids_Bk is None or rows.values_Bk is None or rows.tail_BT is None:
@@ -289,15 +289,11 @@ class Student(Objective):
     def _gradients(self, ce: Tensor, taught: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Of both losses by each parameter, averaged over the ranks, as their directions are compared; None for zero."""
         params = [p for p in self.parameters() if p.requires_grad]
-        first, second = (
-            list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)) for loss in (ce, taught)
-        )
-        if self.ranks.world > 1:
-            for grads in (first, second):
-                for i, grad in enumerate(grads):
-                    if grad is not None:
-                        grads[i] = self.ranks.sum_(grad.contiguous()) / self.ranks.world
-        return first, second
+        pair: list[list[Tensor | None]] = []
+        for loss in (ce, taught):
+            grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+            pair.append([None if g is None else self.ranks.sum_(g.contiguous()) / self.ranks.world for g in grads])
+        return pair[0], pair[1]
 
     def _within(self, prefix: str) -> list[bool]:
         """Which of the parameters belong to a part of the student."""

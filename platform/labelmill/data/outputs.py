@@ -215,6 +215,12 @@ class Outputs:
         if classes:
             check_classes(info.classes, info.num_classes, data, f"the outputs in {self.folder}")
 
+    def check_logits(self) -> None:
+        """Raises DataError when logits are kept that look like probabilities."""
+        kept = self._columns.get("logits")
+        if kept is not None:
+            check_logits(kept[np.flatnonzero(self._valid)[:1000]].astype(np.float32))
+
     @cached_property
     def _columns(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

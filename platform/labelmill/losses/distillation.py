@@ -113,7 +113,7 @@ class StandardizedKD(LogitLoss):
     kind: Literal["standardized_kd"] = "standardized_kd"
     temperature: float = Field(2.0, gt=0, description="the base temperature T")
     scans: ClassVar[int] = 2
-    relative: ClassVar[Mapping[str, str]] = KD.relative | {"u_p": "top_s", "u_q": "top_t"}
+    relative: ClassVar[Mapping[str, str]] = {**KD.relative, "u_p": "top_s", "u_q": "top_t"}
 
     def scan(self, number: int, part: Part, at: Columns) -> Sums:
         if part.num_classes < 2:

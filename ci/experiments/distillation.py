@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from labelmill.run import execute
+from labelmill.execution import execute
 from labelmill.workload import load_job
 
 

@@ -155,7 +155,8 @@ class _Pass:
 
     def _cut(self) -> None:
         """The step's rows in chunks, and which chunk has whose label and listed classes."""
-        factor = 1 if self.x_ND.device.type == "cpu" else ACCELERATOR_FACTOR
+        # a loss works in several matrices of a chunk's size
+        factor = 1 if self.x_ND.device.type == "cpu" else ACCELERATOR_FACTOR // 8
         self.pieces = self.plan.pieces(max(1, min(chunk_rows(len(self.x_ND)) * factor, self.plan.total)))
         self.update_rows = max(64, UPDATE_ELEMENTS // self.head.dim) * factor
         live_N = self.weight_N > 0

@@ -189,18 +189,15 @@ def whole(
 ) -> Part:
     """All classes as one part; a label of -1 is none."""
     count, classes = s_NC.shape
-    row_N = torch.arange(count, device=s_NC.device)
-    if label_N is None:
-        own = Pairs(row_N[:0], row_N[:0], row_N[:0])
-    else:
-        has_N = (label_N >= 0) & (label_N < classes)
-        here_N = row_N if bool(has_N.all()) else row_N[has_N]
+    nothing = torch.empty(0, dtype=torch.int64, device=s_NC.device)
+    own = named = Pairs(nothing, nothing, nothing)
+    if label_N is not None:
+        here_N = ((label_N >= 0) & (label_N < classes)).nonzero()[:, 0]
         own = Pairs(here_N, label_N[here_N], torch.zeros_like(here_N))
-    named = Pairs(row_N[:0], row_N[:0], row_N[:0])
     if listed is not None:
         k = listed.ids_Nk.shape[1]
-        place_P = torch.arange(k, device=s_NC.device).repeat(count)
-        named = Pairs(row_N.repeat_interleave(k), listed.ids_Nk.flatten(), place_P)
+        sample_P, place_P = (torch.arange(n, device=s_NC.device) for n in (count, k))
+        named = Pairs(sample_P.repeat_interleave(k), listed.ids_Nk.flatten(), place_P.repeat(count))
     weight_N = torch.ones(count, device=s_NC.device) if weight_N is None else weight_N
     return Part(s_NC, t_NC, own, named, weight_N, classes, listed)
 

@@ -271,4 +271,4 @@ def _embedded(folder: Path, texts: Path | None) -> Any:
     assert texts is not None
     if not texts.is_file():
         raise UserError(f"--texts {texts}: no such file.")
-    return load_model(folder).embed([line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()])
+    return load_model(folder).queries([line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()])

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
+from safetensors.torch import save_file
 
 from labelmill import __version__
 from labelmill.data.manifest import Manifest
@@ -31,6 +33,8 @@ def build_package(
 ) -> IndexInfo | None:
     """Makes the folder `package`; what is there goes first. Returns what was built for `index`, if anything.
 
+    `head` is the section of a sharded head named `classes`; None where `classes` is a dense layer with a bias.
+
     Raises UserError for an input that a registered model can't take.
     """
     shutil.rmtree(package, ignore_errors=True)
@@ -38,7 +42,11 @@ def build_package(
     classes = None
     if predictor != "embed":
         assert data.label.num_classes is not None
-        for entry in fitted.head_shards("classes"):
+        if head is None:
+            layer = fitted.dense("classes.")
+            rows_CD = torch.cat([layer["weight"], layer["bias"][:, None]], dim=1)
+            save_file({"rows": rows_CD.float().contiguous()}, package / f"rows-0-{len(rows_CD)}.safetensors")
+        for entry in fitted.head_shards("classes") if head else ():
             # the rows are large and final: a second name for the same bytes
             second_name(fitted.folder / "export" / "head-classes" / entry["file"], package / entry["file"])
         bare = pa.table({"name": [str(i) for i in range(data.label.num_classes)]}) if not data.classes else None
@@ -57,9 +65,10 @@ def build_package(
         predictor=predictor,
         classes=classes,
         state=fitted.dense("encoder."),
-        normalized=head.normalize,
+        normalized=head is not None and head.normalize,
+        bias=head is None,
         prior=prior,
-        scale=head.scale,
+        scale=1.0 if head is None else head.scale,
         label_form=data.label.form,
         manifest_digest=data.digest,
         code_version=__version__,

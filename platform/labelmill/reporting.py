@@ -17,20 +17,22 @@ from labelmill.stages import Fitted
 from labelmill.tracking import figures
 
 
-def report_training(run: Run, fitted: Fitted, seconds: Mapping[str, float], name: str = "") -> None:
-    """Loss curve, parts of a step, throughput, and where the wall time of the fit went."""
+def report_training(run: Run, fitted: Fitted, seconds: Mapping[str, float], name: str = "", drawn: bool = True) -> None:
+    """Loss curve, parts of a step, throughput, and where the wall time of the fit went; figures if `drawn`."""
     label = f"{name} " if name else ""
     prefix = f"{name}_" if name else ""
     history = fitted.history
     if history:
         curve = [{"step": h["step"], "loss": h["train/loss"], "lr": h["train/learning_rate"]} for h in history]
-        figures.loss_curve(curve, run.figure(f"{prefix}loss"), title=f"{label}training loss")
+        if drawn:
+            figures.loss_curve(curve, run.figure(f"{prefix}loss"), title=f"{label}training loss")
         # the first record holds the start of the stream
         steady = history[1:] or history
         parts = {
             key.removeprefix("seconds/"): [h[key] for h in steady] for key in steady[0] if key.startswith("seconds/")
         }
-        figures.stacked_parts(parts, run.figure(f"{prefix}step_time"), title=f"{label}where a step's time goes")
+        if drawn:
+            figures.stacked_parts(parts, run.figure(f"{prefix}step_time"), title=f"{label}where a step's time goes")
         run.report.metrics[f"{prefix}train/samples_per_second"] = float(
             np.median([h["train/samples_per_second"] for h in steady])
         )

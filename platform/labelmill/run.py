@@ -249,14 +249,16 @@ class Run:
         prior: ClassPrior | None = None,
         index: IndexConfig | None = None,
         parents: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> Stage:
         """Packages a fitted encoder with its class rows, logs it and registers it as `name`, alias `candidate`.
 
         With `index` the package also holds an approximate index over the rows. `parents`: references of the registered
-        models that it was made from, beside those of `Run.model`.
+        models that it was made from, beside those of `Run.model`. `tags`: of the version. `head` as in `build_package`.
         """
         known = list(dict.fromkeys([*self._parents, *parents]))
-        lineage = {"parents": known} if known else {}  # without any, earlier runs' stages keep their key
+        # without any, earlier runs' stages keep their key
+        lineage: dict[str, Any] = ({"parents": known} if known else {}) | ({"tags": dict(tags)} if tags else {})
         return self.stage(
             "register",
             _register,
@@ -418,6 +420,7 @@ def _register(
     prior: ClassPrior | None,
     index: IndexConfig | None,
     parents: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Stage: the model package, the MLflow model, the registry entry."""
     from labelmill.tracking import registry
@@ -426,6 +429,7 @@ def _register(
     info = build_package(run.job, package, Fitted(fit.folder), encoder, head, data, predictor, prior, index)
     if info:
         run.progress.line(f"index {info.kind} {info.factory}: {info.bytes / 2**20:.1f} MiB in {info.seconds:.1f} s")
-    version = registry.register(run.tracker, package, name, tags={"workload": run.job.workload}, parents=parents)
+    tags = {"workload": run.job.workload, **(tags or {})}
+    version = registry.register(run.tracker, package, name, tags=tags, parents=parents)
     run.progress.line(f"registered {name} version {version}, alias candidate")
     return {"name": name, "version": str(version)}

@@ -120,12 +120,21 @@ class TeacherModel(nn.Module):
         encoder: of its input.
         rows_CE: class rows; None for embeddings alone.
         scale, normalized: of the logits, scale * <embedding, row> with unit embeddings if normalised.
+        bias_C: added to them.
     """
 
-    def __init__(self, encoder: Encoder, rows_CE: Tensor | None, scale: float = 1.0, normalized: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows_CE: Tensor | None,
+        scale: float = 1.0,
+        normalized: bool = False,
+        bias_C: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.encoder, self.scale, self.normalized = encoder, scale, normalized
         self.rows_CE = None if rows_CE is None else nn.Parameter(rows_CE, requires_grad=False)
+        self.bias_C = None if bias_C is None else nn.Parameter(bias_C, requires_grad=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -133,13 +142,11 @@ class TeacherModel(nn.Module):
     def of(cls, package: str | Path) -> TeacherModel:
         """From a packaged model's folder."""
         predictor = load_model(package)
-        rows = torch.cat([rows.float() for _, rows in predictor.shards]) if predictor.spec.num_classes else None
-        return cls(
-            predictor.encoder,
-            rows,
-            predictor.spec.scale if predictor.spec.normalized else 1.0,
-            predictor.spec.normalized,
-        )
+        spec, bias_C = predictor.spec, None
+        rows = torch.cat([rows.float() for _, rows in predictor.shards]) if spec.num_classes else None
+        if rows is not None and spec.bias:
+            rows, bias_C = rows[:, :-1], rows[:, -1]
+        return cls(predictor.encoder, rows, spec.scale, spec.normalized, bias_C)
 
     def train(self, mode: bool = True) -> TeacherModel:
         """Stays in evaluation mode."""
@@ -149,10 +156,20 @@ class TeacherModel(nn.Module):
     def forward(self, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
         """(embedding (B, E), logits (B, C) or None), float32."""
         emb_BE = self.encoder(prepared).float()
+        return emb_BE, self._logits(emb_BE)
+
+    @torch.no_grad()
+    def with_maps(self, prepared: Prepared) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """`forward`, and the encoder's feature maps."""
+        emb_BE, maps = self.encoder.maps(prepared)
+        return emb_BE.float(), self._logits(emb_BE.float()), maps
+
+    def _logits(self, emb_BE: Tensor) -> Tensor | None:
         if self.rows_CE is None:
-            return emb_BE, None
+            return None
         unit_BE = nn.functional.normalize(emb_BE, dim=1) if self.normalized else emb_BE
-        return emb_BE, self.scale * unit_BE @ self.rows_CE.T
+        logits_BC = self.scale * unit_BE @ self.rows_CE.T
+        return logits_BC if self.bias_C is None else logits_BC + self.bias_C
 
 
 def check_frozen(module: nn.Module) -> None:

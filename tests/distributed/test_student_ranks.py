@@ -22,7 +22,8 @@ from labelmill.encoders import CharNgramsConfig
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.distillation import DIST, KD, BinaryKLNorm
 from labelmill.training.local import spawn
-from workloads.distillation.student import Arm, FeatureTerm, LogitTerm, Student, TeacherPlace
+from workloads.distillation.arms import Arm, FeatureTerm, LogitTerm
+from workloads.distillation.student import Student, TeacherPlace
 
 NORM = (LogitTerm(loss=BinaryKLNorm(), weight=30.0),)
 ARMS = {
@@ -40,7 +41,9 @@ def gradients(rank: int, world: int, data: str, outputs: str) -> dict[str, Tenso
         torch.manual_seed(0)
         model = Student(CharNgramsConfig(dim=8, buckets=64, hidden=16), head, 7, arm, 0, place, 1, 16)
         spec = StreamConfig().stream(manifest, "text", 16, shuffle=False)
-        batch: Any = next(iter(RankStream(spec, LocalSource(spec, rank, world), rank, world, model.prepare)))
+        batch: Any = next(
+            iter(RankStream(spec, LocalSource(spec, rank, world), rank, world, model.prepare, join=model.join))
+        )
         losses = model.forward(batch)
         losses.total.backward()
         for key, parameter in model.named_parameters():

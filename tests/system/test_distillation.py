@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from labelmill import api
 from labelmill.data.labels import LabelSpec
-from labelmill.data.manifest import FieldSpec
+from labelmill.data.manifest import FieldSpec, load_manifest
+from labelmill.data.shards import read_shard
 from labelmill.data.writer import ShardWriter
 from labelmill.errors import DataError, JobError
 from labelmill.job import TrackingConfig
+from labelmill.teachers import TeacherModel
 from labelmill.tracking import registry
+from labelmill.tracking.model import load_model
 
 JOBS = Path(__file__).resolve().parents[2] / "workloads" / "distillation" / "jobs"
 SIDE = 12
@@ -26,7 +30,6 @@ MLP = "{kind: mlp, image_size: 12, channels: 1, hidden: [16], dim: 16, batch_nor
 
 def bars(folder: Path, count: int, seed: int) -> Path:
     """Pictures of a bright bar across, down, or both: three classes, easily told apart."""
-    import pyarrow as pa
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -92,6 +95,7 @@ def test_a_student_in_the_registry_knows_its_teacher(data: Path, tmp_path: Path)
     assert all(0 <= report.metrics[f"agreement/{arm}"] <= 1 for arm in ("CE", "KD", "listed"))
     version = registry.resolve(TrackingConfig(), tmp_path, "bars-student")
     assert version.parents == ("bars-teacher/1",)
+    assert version.tags["labelmill.teacher_outputs"] == report.meta["teacher_outputs"]
     (outputs,) = (tmp_path / "kd-fashion" / "stages").glob("teach-[0-9a-f]*/outputs")
     again = {"teacher": f"{{kind: cached, folder: {outputs}}}", "name": "again"}
     alike = run("kd-fashion.yaml", data, tmp_path, **(taught | again))
@@ -157,6 +161,37 @@ def test_kept_outputs_do_not_go_with_augmentation(data: Path, tmp_path: Path) ->
     shifted = CNN[:-1] + ", augment: {shift: 2}}"
     with pytest.raises(JobError, match=r"set teacher\.live to true, or augment to false"):
         run("kd-fashion.yaml", data, tmp_path, encoder=shifted)
+
+
+def test_a_live_teacher_and_a_registered_student_with_a_dense_head(data: Path, tmp_path: Path) -> None:
+    job = {
+        "teacher": TEACHER + ", live: true}",
+        "samples": "150",
+        "encoder": CNN,
+        "arms": "{maps: {losses: [{loss: {kind: kd}}], features: [{kind: attention}, {kind: fitnet_maps, weight: 0.1}]}}",
+        "train": "{global_batch: 50, epochs: 8, learning_rate: 0.01}",
+    }
+    report = run("kd-fashion.yaml", data, tmp_path, register_as="bars-dense", **job)
+    assert report.metrics["test/maps"] > 0.4
+    assert report.tables["size and speed"].rows[-1][0] == "maps"
+    (package,) = (tmp_path / "kd-fashion" / "stages").glob("register-*/model")
+    predictor, test = load_model(package), load_manifest(str(data / "test"))
+    table = pa.concat_tables([read_shard(test, i) for i in range(len(test.shards))])
+    images, label_Q = table.column("image").to_pylist(), np.array(table.column("label").to_pylist()).ravel()
+    best = predictor.predict(images, k=1)["class_id"].to_numpy()
+    assert float((best == label_Q).mean()) == pytest.approx(report.metrics["test/maps"], abs=1e-6), "the bias counts"
+    model = TeacherModel.of(package)
+    _, logits = model(model.encoder.prepare(predictor.read(images)))
+    assert logits is not None
+    assert np.array_equal(logits.argmax(1).numpy(), best), "and so it does where the student is a teacher"
+    with pytest.raises(JobError, match="no two maps of one size"):
+        run("kd-fashion.yaml", data, tmp_path, name="sizes", **(job | {"encoder": CNN.replace("size: 12", "size: 20")}))
+
+
+def test_feature_maps_need_a_live_teacher(data: Path, tmp_path: Path) -> None:
+    arms = "{maps: {features: [{kind: attention}]}}"
+    with pytest.raises(JobError, match="feature maps are too large to keep"):
+        run("kd-fashion.yaml", data, tmp_path, teacher=TEACHER + "}", arms=arms)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from labelmill.errors import DataError
 from labelmill.losses import features
+from labelmill.losses.class_sums import Listed, dense_distillation, solved, whole
 from labelmill.losses.distillation import (
     DIST,
     DKD,
@@ -20,14 +21,10 @@ from labelmill.losses.distillation import (
     BinaryKL,
     BinaryKLNorm,
     CrossEntropy,
-    Listed,
     ListedKD,
     LogitLossConfig,
     LogitMSE,
     StandardizedKD,
-    dense_distillation,
-    dense_state,
-    part_of,
 )
 from labelmill.losses.soft_targets import aligned_gradients, masked_soft_bce, soft_entropy
 
@@ -77,29 +74,29 @@ def test_kd_limits_and_gradient() -> None:
 
 def test_dkd_parts_make_up_kd() -> None:
     loss = DKD(temperature=2)
-    part = part_of(S, TEACHER, Y)
-    target, other, p = loss.parts(dense_state(loss, part))
+    part = whole(S, TEACHER, Y)
+    target, other, p = loss.parts(solved(loss, part))
     torch.testing.assert_close(target, torch.tensor([1.8918572998, 0.2739156116], dtype=torch.float64) / 4)
     torch.testing.assert_close(other, torch.tensor([0.4898373248] * 2, dtype=torch.float64) / 4)
     torch.testing.assert_close(p, torch.tensor([0.6285317192] * 2, dtype=torch.float64))
     assert 4 * (target + (1 - p) * other).mean().item() == pytest.approx(1.264845484617532)
     # a target a thousand logits above the others leaves their softmax as it was
     shift = torch.tensor([[1000.0, 0, 0]], dtype=torch.float64)
-    far = dense_state(loss, part_of(S + shift, TEACHER + shift, Y))
+    far = solved(loss, whole(S + shift, TEACHER + shift, Y))
     torch.testing.assert_close(loss.parts(far)[1], other)
 
 
 def test_dist_values() -> None:
     loss = DIST()
-    inter, intra = loss.parts(dense_state(loss, part_of(S, TEACHER, Y)))
+    inter, intra = loss.parts(solved(loss, whole(S, TEACHER, Y)))
     assert inter.mean().item() == pytest.approx(0.9681464967)
     assert intra.item() == pytest.approx(1.0, abs=1e-6), "the teacher's columns are constant"
     s, t = torch.cat([S, S.new_tensor([[0, 0, 1]])]), torch.cat([TEACHER, TEACHER.new_tensor([[0, 1, 2]])])
-    inter, intra = loss.parts(dense_state(loss, part_of(s, t, None)))
+    inter, intra = loss.parts(solved(loss, whole(s, t, None)))
     assert inter.mean().item() == pytest.approx(0.6568815158, rel=1e-6)
     assert intra.item() == pytest.approx(0.7402402986, rel=1e-6)
     skip = DIST(skip_constant=True)
-    assert skip.parts(dense_state(skip, part_of(S, TEACHER, Y)))[1].item() == 0.0
+    assert skip.parts(solved(skip, whole(S, TEACHER, Y)))[1].item() == 0.0
     with pytest.raises(DataError, match="two or more"):
         dense_distillation(loss, S[:1], TEACHER[:1])
 
@@ -178,6 +175,25 @@ def test_losses_and_gradients_equal_torchs_own_arithmetic(loss: Any) -> None:
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("loss", [*ALL, DIST(skip_constant=True), CrossEntropy(), ListedKD()], ids=lambda x: x.kind)
+@pytest.mark.parametrize("far", [0.0, 30.0])
+def test_gradients_are_the_slope_of_the_values(loss: Any, far: float) -> None:
+    """By finite differences, also with logits far from 0, a sample without weight and one without label."""
+    torch.manual_seed(3)
+    s, t = torch.randn(5, 9).double() * 2 + far, torch.randn(5, 9).double() * 3 - far
+    y, weight = torch.tensor([0, 8, 3, 3, -1]), torch.tensor([1.0, 2, 0, 1, 0])
+    logits, ids = t.topk(3)
+    tail = torch.logsumexp(t.scatter(1, ids, -torch.inf) / 4, 1)
+    listed = Listed(ids, logits, tail, 4.0) if isinstance(loss, ListedKD) else None
+    t_NC = None if listed else t
+
+    def value(x: Tensor) -> Tensor:
+        return dense_distillation(loss, x, t_NC, y, weight, listed)
+
+    s.requires_grad_()
+    assert torch.autograd.gradcheck(value, (s,), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.kind)
 def test_nothing_to_learn_from_oneself(loss: Any) -> None:
     torch.manual_seed(1)
@@ -253,8 +269,11 @@ def test_feature_losses() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     assert features.rkd(x, 3 * x @ turned).item() == pytest.approx(0, abs=1e-10), "turning and scaling don't matter"
     maps = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 5, 4, 4).double()
-    assert features.attention_transfer(maps[0], 2 * maps[0]).item() == pytest.approx(0, abs=1e-12)
-    assert features.attention_transfer(*maps).item() > 0
+    assert features.attention_transfer(maps[0], 2 * maps[0]).sum().item() == pytest.approx(0, abs=1e-12)
+    assert features.attention_transfer(*maps).min().item() > 0
+    flat, peak = torch.ones(1, 1, 2, 2).double(), torch.zeros(1, 2, 2, 2).double()
+    peak[0, 0, 0, 0] = 2  # maps (1/2, 1/2, 1/2, 1/2) and (1, 0, 0, 0)
+    torch.testing.assert_close(features.attention_transfer(flat, peak), torch.tensor([0.25]).double())
     assert features.embedding_cosine(x, 5 * x).abs().max().item() < 1e-12
     torch.testing.assert_close(
         4 * features.listwise_kl(S, TEACHER, 2), dense_distillation(KD(temperature=2), S, TEACHER)

@@ -110,6 +110,23 @@ def test_library_pooling_frozen_and_unused_parameters() -> None:
         build("hf_image", architecture="convnext", options=TINY_CONVNEXT, pooling="cls")
 
 
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({}, [(16, 4, 4), (16, 4, 4)]),
+        ({"architecture": "convnext", "options": TINY_CONVNEXT}, [(8, 8, 8), (8, 8, 8), (12, 4, 4)]),
+    ],
+)
+def test_library_feature_maps(options: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
+    encoder = build("hf_image", **options).eval()
+    prepared = encoder.prepare(images(2, size=32))
+    emb_BD, maps = encoder.maps(prepared)
+    torch.testing.assert_close(emb_BD, encoder(prepared))
+    assert [tuple(m.shape[1:]) for m in maps] == shapes
+    with pytest.raises(JobError, match="'hf_text' has no feature maps"):
+        build("hf_text").maps({})
+
+
 def test_library_errors_are_for_the_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(JobError, match=r"no folder .*nothing is downloaded"):
         build_encoder({"kind": "hf_image", "path": str(tmp_path / "missing")})

@@ -30,6 +30,8 @@ DRAW: dict[str, Callable[[Path], Path]] = {
     "histograms": lambda p: figures.histograms({"a": np.arange(9), "b": [1, math.nan], "c": []}, "cosine", p),
     "constant_histogram": lambda p: figures.histograms({"a": [1.0, 1.0]}, "cosine", p),
     "lines": lambda p: figures.lines({"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.2, 0])}, "epoch", "y", p),
+    "many_lines": lambda p: figures.lines({f"{i}": ([1, 2], [i, 2]) for i in range(10)}, "epoch", "y", p),
+    "reliability": lambda p: figures.reliability_panels({n: (np.arange(3) / 3,) * 2 + (np.arange(3),) for n in "abcde"}, p),
     "log_lines": lambda p: figures.lines({"a": ([1, 100], [1, 2])}, "n", "y", p, log_x=True, markers=True),
 }  # fmt: skip
 

@@ -13,17 +13,20 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from labelmill.data.config import StreamConfig
+from labelmill.data.labels import Labels
 from labelmill.data.manifest import Manifest
 from labelmill.data.outputs import OutputsInfo, class_map, finish_outputs, outputs_file, write_outputs
 from labelmill.data.shards import read_labels
 from labelmill.data.source import LocalSource
 from labelmill.data.stream import Batch, RankStream
-from labelmill.encoders import CharNgramsConfig
+from labelmill.encoders import CharNgramsConfig, MlpConfig, SmallCnnConfig, SmallVitConfig, build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.heads.config import HeadConfig
-from labelmill.losses.distillation import DKD, KD, BinaryKLNorm, ListedKD, dense_distillation
+from labelmill.losses.class_sums import dense_distillation
+from labelmill.losses.distillation import DKD, KD, BinaryKLNorm, ListedKD
+from workloads.distillation.arms import Arm, FeatureTerm, LogitTerm
 from workloads.distillation.common import carve
-from workloads.distillation.student import Arm, FeatureTerm, LogitTerm, Student, TeacherPlace
+from workloads.distillation.student import Student, TeacherPlace
 
 ENCODER = CharNgramsConfig(dim=8, buckets=256, hidden=16)
 Make = Callable[..., Manifest]
@@ -62,7 +65,7 @@ def student(arm: Arm, place: TeacherPlace | None, head: HeadConfig | None = None
 
 def batch_of(data: Manifest, model: Student, count: int = 16) -> Batch:
     spec = StreamConfig().stream(data, "text", count, shuffle=False)
-    return next(iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare)))
+    return next(iter(RankStream(spec, LocalSource(spec, 0, 1), 0, 1, model.prepare, join=model.join)))
 
 
 def test_main_head_learns_from_labels_and_second_from_the_teacher(make_text_data: Make, tmp_path: Path) -> None:
@@ -194,3 +197,111 @@ def test_what_is_refused(make_text_data: Make, tmp_path: Path) -> None:
     both = [np.concatenate([p.mask(i) for i in range(3)]) for p in parts.values()]
     assert [int(m.sum()) for m in both] == [25, 10]
     assert not (both[0] & both[1]).any()
+
+
+def test_cosine_of_both_gradients(make_text_data: Make, tmp_path: Path) -> None:
+    data = make_text_data(40, 15)
+    place = outputs(data, tmp_path / "out")
+    model = student(Arm(losses=NORM, aux="linear", cosine=True), place)
+    batch = batch_of(data, model)
+    found = model.forward(batch).parts
+    plain = student(Arm(losses=NORM, aux="linear"), place)
+    parts = plain.forward(batch).parts
+    assert set(found) - set(parts) == {"cosine_all", "cosine_backbone", "cosine_heads"}
+
+    def flat(loss: torch.Tensor, modules: list[torch.nn.Module]) -> torch.Tensor:
+        params = [p for module in modules for p in module.parameters()]
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, grads)])  # noqa: B905
+
+    ce, norm = parts["ce"], parts["binary_kl_norm"]
+    scopes = {
+        "cosine_all": (flat(ce, [plain]), flat(norm, [plain])),
+        "cosine_backbone": (flat(ce, [plain.encoder]), flat(norm, [plain.encoder])),
+        "cosine_heads": (flat(ce, [plain.classes]), flat(norm, [plain.aux])),
+    }
+    for name, (one, two) in scopes.items():
+        assert found[name].item() == pytest.approx(F.cosine_similarity(one, two, dim=0).item(), abs=1e-5), name
+    model.log_every = 5
+    model.begin(2, 10)
+    assert "cosine_all" not in model.forward(batch).parts, "only where metrics are logged"
+    model.begin(4, 10)
+    assert "cosine_all" in model.forward(batch).parts
+    with pytest.raises(ValidationError, match="cosine compares two gradients"):
+        Arm(cosine=True)
+
+
+def picture_batch(model: Student, count: int = 6) -> Batch:
+    rng = np.random.default_rng(0)
+    labels = Labels("single", (torch.arange(count) % 7)[:, None])
+    raw = rng.integers(0, 255, (count, 12, 12, 1)).astype(np.uint8)
+    keys = [f"p{i}" for i in range(count)]
+    return Batch(keys, model.prepare(raw, labels, None), labels, torch.ones(count), torch.arange(count))
+
+
+CNN = SmallCnnConfig(image_size=12, channels=1, dim=8, width=8)
+
+
+def map_student(*terms: FeatureTerm, teacher: Any = None) -> Student:
+    torch.manual_seed(0)
+    place = TeacherPlace(encoder=teacher or SmallCnnConfig(image_size=12, channels=1, dim=5, width=16), width=5)
+    return Student(CNN, None, 7, Arm(ce=0, features=terms), 0, place, epoch_steps=1, step_samples=6)
+
+
+def test_feature_maps_of_a_live_teacher() -> None:
+    model = map_student(FeatureTerm(kind="attention"), FeatureTerm(kind="fitnet_maps", stages=((1, 1),)))
+    batch = picture_batch(model)
+    batch.weight_B[2] = 0
+    parts = model.forward(batch).parts
+    emb_BD, own = model.encoder.maps(batch.inputs["student"])
+    torch.testing.assert_close(emb_BD, model.encoder(batch.inputs["student"]))
+    assert [m.shape[1:] for m in own] == [(8, 12, 12), (16, 6, 6), (32, 3, 3)]
+    with torch.no_grad():
+        other = model.live[0].encoder.maps(batch.inputs["teacher"])[1]
+    kept = batch.weight_B > 0
+
+    def attention(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, b = (F.normalize(x.pow(2).mean(1).flatten(1), dim=1) for x in (s, t))
+        return (a - b).pow(2).mean(1)[kept].mean()
+
+    want = torch.stack([attention(s, t) for s, t in zip(own, other, strict=True)]).mean()
+    assert parts["attention"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert model.matching is not None
+    hint = F.mse_loss(model.matching.hints[0](own[1])[kept], other[1][kept])
+    assert parts["fitnet_maps"].item() == pytest.approx(hint.item(), rel=1e-5)
+    model.forward(batch).total.backward()
+    assert not any("live" in name or "teacher" in name for name, _ in model.named_parameters())
+    vit = map_student(
+        FeatureTerm(kind="attention"), teacher=SmallVitConfig(image_size=12, channels=1, patch=4, dim=5, width=16)
+    )
+    assert vit.matching is not None
+    assert vit.matching.pairs["attention"] == [(2, 3)], "3 x 3 patches: the last block with the last stage"
+
+
+@pytest.mark.parametrize(
+    ("term", "teacher", "message"),
+    [
+        ({"stages": [[0, 1]]}, None, r"stages \[0, 1\] aren't two maps of one size: the student's maps are 12 x 12"),
+        ({"stages": [[7, 0]]}, None, r"stages \[7, 0\]"),
+        ({}, MlpConfig(image_size=12, channels=1, hidden=(), dim=5), "encoder 'mlp' has no feature maps; small_cnn"),
+        ({}, SmallVitConfig(image_size=12, channels=1, patch=6, dim=5, width=16), "no two maps of one size.*2 x 2"),
+    ],
+)
+def test_feature_maps_that_do_not_go_together(term: Any, teacher: Any, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        map_student(FeatureTerm(kind="attention", **term), teacher=teacher)
+
+
+def test_feature_maps_are_not_kept(make_text_data: Make, tmp_path: Path) -> None:
+    place = outputs(make_text_data(40, 15), tmp_path / "out")
+    with pytest.raises(JobError, match=r"set teacher\.live to true"):
+        student(Arm(features=(FeatureTerm(kind="attention"),)), place)
+
+
+@pytest.mark.parametrize("config", [CNN, SmallVitConfig(image_size=12, channels=1, patch=4, dim=5, width=16)])
+def test_maps_leave_the_embedding_as_it_is(config: Any) -> None:
+    encoder = build_encoder(config).eval()
+    x = torch.randn(2, 1, 12, 12)
+    emb, maps = encoder.maps(x)
+    torch.testing.assert_close(emb, encoder(x))
+    assert all(m.shape[2] == m.shape[3] for m in maps)

@@ -12,7 +12,8 @@ from labelmill.data.labels import Labels
 from labelmill.data.stream import Batch
 from labelmill.encoders import MlpConfig
 from labelmill.errors import DataError, JobError
-from labelmill.losses.distillation import KD, dense_distillation
+from labelmill.losses.class_sums import dense_distillation
+from labelmill.losses.distillation import KD
 from workloads.distillation.self_label_augmentation import SlaArm, ViewClassifier
 from workloads.distillation.views import aggregated, check_views, expand, identity_of, joint_labels, transforms
 

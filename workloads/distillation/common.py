@@ -6,7 +6,7 @@ Shape legend: N samples, Q test samples, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 from labelmill.data.config import DataConfig
+from labelmill.data.decode import decode_column
 from labelmill.data.keys import key_hashes
 from labelmill.data.manifest import Manifest
 from labelmill.data.outputs import Outputs
 from labelmill.data.selection import KeepRows
-from labelmill.data.shards import read_labels
+from labelmill.data.shards import read_labels, read_shard
 from labelmill.data.spec import AnySpec
 from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.encoders.base import Encoder
 from labelmill.errors import DataError, JobError
 from labelmill.evaluation.calibration import reliability
 from labelmill.evaluation.groups import wilson_interval
@@ -45,8 +47,10 @@ from labelmill.teachers import (
 from labelmill.tracking import figures
 from labelmill.training.config import TrainConfig
 from workloads.discrimination.partial_fc import Classifier, input_options
-from workloads.distillation.student import Arm, Student, TeacherPlace
+from workloads.distillation.arms import Arm
+from workloads.distillation.student import Student, TeacherPlace
 
+MEASURED = 64  # samples of a batch whose time is taken
 AnyTeacher = RegisteredTeacher | FittedTeacher | CachedTeacher | EncoderTeacher
 
 
@@ -120,6 +124,7 @@ class Teacher:
         train, test: kept outputs; None where it runs live, or has none of the test set.
         package: its packaged model, if it has one.
         reference: registry reference, for lineage.
+        fit: the stage that trained it, if the job did.
     """
 
     place: TeacherPlace
@@ -127,6 +132,7 @@ class Teacher:
     test: Outputs | None = None
     package: Path | None = None
     reference: str = ""
+    fit: Stage | None = None
 
 
 def open_teacher(
@@ -148,11 +154,12 @@ def open_teacher(
         kept = Outputs(teacher.folder)
         kept.verify()
         kept.check(train, classes=kept.info.num_classes > 0)
+        kept.check_logits()
         place = TeacherPlace(
             outputs=str(Path(teacher.folder).resolve()), width=_width(kept), temperatures=kept.info.temperatures
         )
         return Teacher(place, kept)
-    package, reference, name = None, "", ""
+    package, reference, name, fit = None, "", "", None
     if isinstance(teacher, FittedTeacher):
         assert spec is not None
         fit = run.stage("fit-teacher", fit_teacher, train=spec, predict={}, teacher=teacher, seed=seed)
@@ -169,7 +176,7 @@ def open_teacher(
     width = model.dim
     if teacher.live:
         place = TeacherPlace(package=str(package.resolve()) if package else "", encoder=encoder, width=width)
-        return Teacher(place, package=package, reference=reference)
+        return Teacher(place, package=package, reference=reference, fit=fit)
     options: dict[str, Any] = {
         "package": package,
         "encoder": encoder,
@@ -188,7 +195,7 @@ def open_teacher(
     run.report.meta["teacher_outputs"] = kept.digest
     run.tracker.tags({"labelmill.teacher_outputs": kept.digest})
     place = TeacherPlace(outputs=str(kept.folder.resolve()), width=width, temperatures=kept.info.temperatures)
-    return Teacher(place, kept, held, package, reference)
+    return Teacher(place, kept, held, package, reference, fit)
 
 
 def _width(kept: Outputs) -> int:
@@ -213,8 +220,10 @@ def fit_student(
     assert train.label.num_classes is not None
     if arm.learning_rate:
         config = config.model_copy(update={"learning_rate": arm.learning_rate})
-    if arm.align != "none" and config.zero_stage == 3:
-        raise JobError("align takes the gradient of each loss by whole parameters: use train.zero_stage 0, 1 or 2.")
+    if (arm.align != "none" or arm.cosine) and config.zero_stage == 3:
+        raise JobError(
+            "align and cosine take the gradient of each loss by whole parameters: use train.zero_stage 0, 1 or 2."
+        )
     objective = partial(
         Student,
         encoder,
@@ -225,6 +234,7 @@ def fit_student(
         teacher if arm.taught else None,
         epoch_steps=max(1.0, train.epoch_samples / config.global_batch) * config.accumulation,
         step_samples=config.global_batch // config.accumulation,
+        log_every=config.log_every,
     )
     return {"seconds": run.fit(folder, objective, train, config, predict, augment, seed=seed).seconds}
 
@@ -261,14 +271,13 @@ def report_students(
     caption = "test set; the interval is that of the sample, not of the seed. Agreement and KL are with the teacher"
     header = ["system", "accuracy %", "ECE %", "agreement %", "KL to teacher"]
     run.report.add_table("students", header, rows, caption)
-    figures.lines(
-        curves | {"perfect": ([0, 1], [0, 1])}, "confidence", "accuracy", run.figure("reliability"), markers=True
-    )
+    figures.reliability_panels(curves, run.figure("reliability"))
     names = list(classes)
     if len(names) > 1:
         agree = np.array([[float((classes[a] == classes[b]).mean()) for b in names] for a in names])
-        figures.matrix(agree, names, names, run.figure("agreement"), "", "", title="same answer on the test set")
-    _report_curves(run, fits)
+        title, low = "same answer on the test set, %", max(0.0, float(agree.min()) - 0.05)
+        figures.matrix(agree, names, names, run.figure("agreement"), "", "", title=title, low=low)
+    _report_curves(run, fits, teacher)
     teacher_accuracy = run.report.metrics.get("test/teacher")
     if teacher_accuracy is not None:
         better = [n for n in fits if run.report.metrics[f"test/{n}"] > teacher_accuracy]
@@ -307,20 +316,40 @@ def add_row(
     shown = [f"{100 * facts[m]:.2f}" if m in facts else "" for m in ("ece", "agreement")]
     kl = f"{facts['kl']:.4f}" if "kl" in facts else ""
     rows.append([name, f"{100 * facts['test']:.2f} ± {50 * (high - low):.2f}", *shown, kl])
-    curves[name] = (found.confidence_M.tolist(), found.accuracy_M.tolist())
+    curves[name] = (found.confidence_M, found.accuracy_M, found.count_M)
     classes[name] = best_Q
 
 
-def _report_curves(run: Run, fits: Mapping[str, Stage]) -> None:
-    curves = {}
+def _report_curves(run: Run, fits: Mapping[str, Stage], teacher: Teacher | None) -> None:
+    """Training losses, and what of them can be compared: cross-entropy on the labels, the teacher's own beside it."""
+    curves, labels = {}, {}
+    if teacher and teacher.fit:
+        labels["teacher"] = _curve(Fitted(teacher.fit.folder).history, "train/loss")
     for name, fit in fits.items():
         history = Fitted(fit.folder).history
-        if history:
-            curves[name] = ([h["step"] for h in history], [h["train/loss"] for h in history])
-        report_training(run, Fitted(fit.folder), fit["seconds"], name)
+        curves[name], labels[name] = _curve(history, "train/loss"), _curve(history, "train/ce")
+        report_training(run, Fitted(fit.folder), fit["seconds"], name, drawn=False)
         run.report_data_health(Fitted(fit.folder))
-    if curves:
-        figures.lines(curves, "step", "training loss", run.figure("losses"))
+    for figure, series, title in (
+        ("losses", curves, "training loss, each arm's own"),
+        ("cross_entropy", labels, "cross-entropy on training labels"),
+    ):
+        some = {name: curve for name, curve in series.items() if curve[0]}
+        if some:
+            figures.lines(some, "step", title, run.figure(figure))
+
+
+def _curve(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    known = [h for h in history if key in h]
+    return [h["step"] for h in known], [h[key] for h in known]
+
+
+def some_inputs(data: Manifest, encoder: Encoder, count: int = MEASURED) -> Any:
+    """Decoded values of the first samples, as the encoder takes them."""
+    table = read_shard(data, 0).slice(0, count)
+    field, config = data.fields[encoder.field], encoder.config
+    size, channels = getattr(config, "image_size", None), getattr(config, "channels", 3)
+    return decode_column(table.column(encoder.field), field, table.column("key").to_pylist(), size, channels)[0]
 
 
 def measure(folder: Path, raw: Any, repeats: int = 20) -> dict[str, float]:

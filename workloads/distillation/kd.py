@@ -11,26 +11,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from labelmill.data.config import DataConfig
 from labelmill.data.manifest import Manifest
-from labelmill.data.shards import read_shard
 from labelmill.data.spec import StreamSpec
-from labelmill.encoders import EncoderConfig
+from labelmill.encoders import EncoderConfig, build_encoder
+from labelmill.encoders.base import Encoder
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.distillation import KD
 from labelmill.packaging import build_package
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
-from labelmill.teachers import FittedTeacher, TeacherConfig
+from labelmill.teachers import EncoderTeacher, FittedTeacher, TeacherConfig, TeacherModel
 from labelmill.training.config import TrainJob
 from labelmill.workload import workload
-from workloads.discrimination.partial_fc import image_options, input_options
-from workloads.distillation.common import Teacher, fit_student, measure, open_teacher, report_students, streams
-from workloads.distillation.student import Arm, Arms, LogitTerm
+from workloads.discrimination.partial_fc import input_options
+from workloads.distillation.arms import Arm, Arms, LogitTerm
+from workloads.distillation.common import (
+    MEASURED,
+    Teacher,
+    fit_student,
+    measure,
+    open_teacher,
+    report_students,
+    some_inputs,
+    streams,
+)
+from workloads.distillation.matching import map_shapes, paired
 
 _HINTON = Arm(ce=0.1, losses=(LogitTerm(weight=0.9, loss=KD(temperature=4)),))
 
@@ -54,8 +64,6 @@ class DistillJob(TrainJob):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillJob:
-        if self.register_as and not self.head:
-            raise ValueError("register_as registers class rows of a sharded head: give head as well")
         live = getattr(self.teacher, "live", False)
         if self.augment and not live and getattr(getattr(self.encoder, "augment", None), "active", False):
             raise ValueError(
@@ -63,8 +71,15 @@ class DistillJob(TrainJob):
             )
         columns = set(getattr(self.teacher, "columns", ()))
         for name, arm in self.arms.items():
-            if arm.features and columns and "embedding" not in columns and not live:
+            if any(not t.of_maps for t in arm.features) and columns and "embedding" not in columns and not live:
                 raise ValueError(f"arms.{name}: feature losses need embedding in teacher.columns")
+            if arm.needs_maps and not live:
+                raise ValueError(
+                    f"arms.{name}: feature maps are too large to keep: attention and fitnet_maps take a teacher that runs "
+                    "beside the student (kind fit, registered or encoder, with live: true)"
+                )
+            if arm.needs_maps and self.train.zero_stage == 3:
+                raise ValueError(f"arms.{name}: attention and fitnet_maps take train.zero_stage 0, 1 or 2")
             if live and any(term.loss.kind == "listed_kd" for term in arm.losses):
                 raise ValueError(f"arms.{name}: listed_kd takes kept outputs (teacher.live false, columns topk)")
         return self
@@ -82,6 +97,9 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     train, test = job.data.open()
     if train.label.form != "single":
         raise JobError(f"{job.workload} takes a single label a sample; {train.name!r} has {train.label.form}.")
+    needs_maps = any(arm.needs_maps for arm in job.arms.values())
+    if needs_maps and isinstance(job.teacher, FittedTeacher | EncoderTeacher):
+        check_maps(job, _built(job.teacher.encoder))
     parts = {"student": (job.samples, job.train.global_batch)}
     encoders: dict[str, Any] = {"student": job.encoder}
     if isinstance(job.teacher, FittedTeacher):
@@ -93,6 +111,8 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     only = chosen.path if job.samples and chosen is not None else ""
     options = (spec.get("teacher"), job.data.max_bad_samples, job.seed, only)
     teacher = open_teacher(run, job.teacher, train, test, *options)
+    if needs_maps and teacher.package:
+        check_maps(job, TeacherModel.of(teacher.package).encoder)
     look: Callable[..., StreamSpec] = partial(
         job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed)
     )
@@ -117,8 +137,22 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     return fits, teacher, train
 
 
+def check_maps(job: DistillJob, teacher: Encoder) -> None:
+    """Raises JobError unless the feature maps that arms compare are there."""
+    shapes = map_shapes(_built(job.encoder)), map_shapes(teacher)
+    for arm in job.arms.values():
+        for term in arm.features:
+            if term.of_maps:
+                paired(term, *shapes)
+
+
+def _built(config: EncoderConfig) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        return build_encoder(config)
+
+
 def pack_student(
-    run: Run, folder: Path, fit: Stage, encoder: EncoderConfig, head: HeadConfig, data: Manifest
+    run: Run, folder: Path, fit: Stage, encoder: EncoderConfig, head: HeadConfig | None, data: Manifest
 ) -> dict[str, Any]:
     """Stage: the student as a packaged model: encoder and main head, nothing else."""
     build_package(run.job, folder / "model", Fitted(fit.folder), encoder, head, data)
@@ -128,40 +162,29 @@ def pack_student(
 def export(
     job: DistillJob, run: Run, fits: dict[str, Stage], teacher: Teacher, train: Manifest, test: Manifest
 ) -> None:
-    """Size and speed of teacher and student; the student in the registry, with its teacher as parent."""
-    last = fits[[*fits][-1]]
+    """Teacher and student side by side: size, speed, what they are right about; the student in the registry."""
+    name = [*fits][-1]
+    last = fits[name]
+    packed = run.stage("pack-student", pack_student, fit=last, encoder=job.encoder, head=job.head, data=train)
+    packages = {"teacher": teacher.package, "student": packed.folder / "model"}
     rows = []
-    raw = _some_inputs(test, job)
-    found = {}
-    if teacher.package and raw is not None:
-        found["teacher"] = measure(teacher.package, raw)
-    if job.head and raw is not None:
-        packed = run.stage("pack-student", pack_student, fit=last, encoder=job.encoder, head=job.head, data=train)
-        found["student"] = measure(packed.folder / "model", raw)
-    for name, facts in found.items():
-        rows.append([name, f"{facts['parameters']:,}", f"{facts['mb']:.2f}", f"{facts['ms']:.4f}"])
-        run.report.metrics |= {f"model/{name}/{key}": value for key, value in facts.items()}
-    if rows:
-        caption = f"packaged models; one thread, batches of {len(raw)}, preparation included"
-        run.report.add_table("size and speed", ["model", "parameters", "MiB", "ms a sample"], rows, caption)
-    if job.register_as and job.head:
+    for who, package in packages.items():
+        if package is None:
+            continue
+        facts = measure(package, some_inputs(test, TeacherModel.of(package).encoder))
+        run.report.metrics |= {f"model/{who}/{key}": value for key, value in facts.items()}
+        arm = name if who == "student" else who
+        told = [run.report.metrics.get(f"{metric}/{arm}") for metric in ("test", "ece", "agreement")]
+        shown = ["" if value is None else f"{100 * value:.2f}" for value in told]
+        rows.append([arm, f"{facts['parameters']:,}", f"{facts['mb']:.2f}", f"{facts['ms']:.4f}", *shown])
+    header = ["model", "parameters", "MiB", "ms a sample", "accuracy %", "ECE %", "agreement %"]
+    caption = f"packaged models; speed: one thread, batches of {MEASURED}, preparation included"
+    run.report.add_table("size and speed", header, rows, caption)
+    if job.register_as:
         parents = [teacher.reference] if teacher.reference else []
-        run.register(job.register_as, last, encoder=job.encoder, head=job.head, data=train, parents=parents)
-
-
-def _some_inputs(test: Manifest, job: DistillJob, count: int = 64) -> Any:
-    """Decoded inputs of the test set; None for fields that aren't images."""
-    from labelmill.data.decode import decode_images
-
-    if test.fields[job.encoder.field].kind != "image":
-        return None
-    table = read_shard(test, 0).slice(0, count)
-    options = image_options(job.encoder)
-    keys = table.column("key").to_pylist()
-    images: np.ndarray = decode_images(
-        table.column(job.encoder.field), keys, size=options["image_size"], channels=options["channels"]
-    )[0]
-    return images
+        tags = {"labelmill.teacher_outputs": teacher.train.digest} if teacher.train else {}
+        options: dict[str, Any] = {"encoder": job.encoder, "head": job.head, "data": train}
+        run.register(job.register_as, last, parents=parents, tags=tags, **options)
 
 
 @workload("distillation.kd", KDJob)

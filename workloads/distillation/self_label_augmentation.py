@@ -26,7 +26,8 @@ from labelmill.data.stream import Batch
 from labelmill.encoders import EncoderConfig, build_encoder
 from labelmill.errors import DataError, JobError
 from labelmill.job import StrictModel
-from labelmill.losses.distillation import KD, dense_distillation
+from labelmill.losses.class_sums import dense_distillation
+from labelmill.losses.distillation import KD
 from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.training.config import TrainConfig, TrainJob

@@ -5,12 +5,12 @@ Shape legend: B samples of this rank, N of all ranks, C classes, E embedding wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,74 +26,16 @@ from labelmill.heads.ranks import Ranks
 from labelmill.heads.sharded import ShardedHead
 from labelmill.heads.teaching import ListedTeacher, LogitTeacher
 from labelmill.job import StrictModel
-from labelmill.losses import features
-from labelmill.losses.distillation import CrossEntropy, Listed, ListedKD, LogitLossConfig, dense_distillation
-from labelmill.losses.soft_targets import aligned_gradients
+from labelmill.losses.class_sums import Listed, dense_distillation
+from labelmill.losses.distillation import CrossEntropy, ListedKD
+from labelmill.losses.soft_targets import aligned_gradients, gradient_cosine
 from labelmill.teachers import TeacherModel
 from labelmill.training.objective import Losses, Objective
+from workloads.distillation.arms import Arm
+from workloads.distillation.matching import FeatureLosses
 
 KEEP_LOGITS = 1000  # classes up to which predictions hold every logit
 _NO_CE = CrossEntropy()
-_MOST_TRIPLETS = 512  # samples of a batch: N^3 angles
-
-
-class Schedule(StrictModel):
-    """When a term takes part."""
-
-    weight: float = Field(1.0, ge=0)
-    warmup_epochs: float = Field(0.0, ge=0, description="the weight rises linearly over so many epochs")
-    off_epoch: float | None = Field(None, gt=0, description="from this epoch on the term is off")
-
-    def at(self, epoch: float) -> float:
-        """The weight at an epoch, from 0."""
-        if self.off_epoch is not None and epoch >= self.off_epoch:
-            return 0.0
-        return self.weight * min(1.0, (epoch + 1) / self.warmup_epochs) if self.warmup_epochs else self.weight
-
-
-class LogitTerm(Schedule):
-    """A loss between the student's logits and the teacher's."""
-
-    loss: LogitLossConfig
-
-
-class FeatureTerm(Schedule):
-    """A loss between embeddings. fitnet, cosine and crd compare the student's through a linear layer, which isn't exported."""
-
-    kind: Literal["fitnet", "cosine", "crd", "rkd", "sp"]
-    temperature: float = Field(0.07, gt=0, description="crd: of the cosines")
-
-
-class Arm(StrictModel):
-    """One way to train the student."""
-
-    ce: float = Field(1.0, ge=0, description="weight of cross-entropy on the labels")
-    losses: tuple[LogitTerm, ...] = ()
-    features: tuple[FeatureTerm, ...] = ()
-    aux: Literal["none", "linear", "nonlinear"] = Field(
-        "none", description="a second head that alone takes the logit losses; it isn't exported"
-    )
-    align: Literal["none", "all", "backbone"] = Field(
-        "none",
-        description="take from the teacher's gradient what opposes that of cross-entropy: over all parameters, or the encoder's",
-    )
-    shuffled: bool = Field(False, description="a control: each sample gets another sample's teacher outputs")
-    learning_rate: float | None = Field(None, gt=0, description="instead of train.learning_rate")
-
-    @model_validator(mode="after")
-    def _check(self) -> Arm:
-        if self.aux != "none" and not self.losses:
-            raise ValueError("aux: a second head needs losses to learn from")
-        if self.align != "none" and not (self.ce and self.losses):
-            raise ValueError("align compares two gradients: give ce a weight, and losses")
-        if not (self.ce or self.losses or self.features):
-            raise ValueError("nothing to learn from: ce is 0 and there are no losses")
-        return self
-
-    @property
-    def taught(self) -> bool:
-        """Whether a teacher is needed."""
-        return bool(self.losses or self.features)
 
 
 class TeacherPlace(StrictModel):
@@ -129,6 +71,7 @@ class Student(Objective):
         seed: of a sharded head.
         teacher: where it is.
         epoch_steps: steps of an epoch, for schedules; `step_samples` positions of a step.
+        log_every: steps between logged metrics.
     """
 
     def __init__(
@@ -141,16 +84,18 @@ class Student(Objective):
         teacher: TeacherPlace | None,
         epoch_steps: float,
         step_samples: int,
+        log_every: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = build_encoder(encoder)
         self.num_classes, self.arm = num_classes, arm
         self.epoch_steps, self.step_samples = epoch_steps, step_samples
+        self.log_every, self.logged = log_every, True
         self.sharded: dict[str, ShardedHead] = {}
         if head:
             self.sharded["classes"] = ShardedHead(num_classes, self.encoder.dim, head, seed=seed)
-            if arm.align != "none":
-                raise JobError("align works on a dense head: leave head out.")
+            if arm.align != "none" or arm.cosine:
+                raise JobError("align and cosine work on a dense head: leave head out.")
             if arm.aux == "nonlinear":
                 raise JobError(
                     "aux nonlinear has a dense layer over all classes: use aux linear beside a sharded head."
@@ -170,13 +115,18 @@ class Student(Objective):
             (teacher.live(),) if teacher and not teacher.outputs and arm.taught else ()
         )
         self.temperatures = teacher.temperatures if teacher else ()
-        if any(term.kind in ("fitnet", "cosine", "crd") for term in arm.features):
+        self.matching: FeatureLosses | None = None
+        if arm.features:
             assert teacher is not None
-            self.adapter = nn.Linear(self.encoder.dim, teacher.width)
+            other = self.live[0].encoder if self.live else None
+            self.matching = FeatureLosses(arm.features, self.encoder, other, teacher.width, self.ranks)
 
     @property
     def heads(self) -> Mapping[str, ShardedHead]:
         return self.sharded
+
+    def begin(self, step: int, total: int) -> None:
+        self.logged = (step + 1) % self.log_every == 0 or step + 1 == total
 
     def prepare(self, raw: Any, labels: Labels, rng: np.ndarray | None) -> Any:
         inputs = {"student": self.encoder.prepare(raw, rng)}
@@ -186,32 +136,37 @@ class Student(Objective):
 
     # --- the teacher --------------------------------------------------------------------------------------
 
+    def join(self, keys: Sequence[str], weight_B: Tensor) -> dict[str, Any]:
+        """Kept outputs of a training batch. Padding and holes may carry keys that nobody knows: they get those of a sample
+        that counts, unused."""
+        if self.kept is None or not self.training:
+            return {}
+        live = weight_B.numpy() > 0
+        if not live.all():
+            good = keys[int(live.argmax())] if live.any() else self.kept.first_key
+            keys = [key if known else good for key, known in zip(keys, live.tolist(), strict=True)]
+        return {"teacher": self.kept.read(keys)}
+
     @torch.no_grad()
     def teach(self, batch: Batch) -> Rows:
         """What the teacher says of a batch, on its device."""
         device = batch.weight_B.device
         if self.kept is not None:
-            rows = self.kept.read(batch.keys) if not self._has_holes(batch) else self._read_known(batch)
+            rows = batch.columns["teacher"]
         else:
             model = self.live[0].to(device)
-            emb_BE, logits_BC = model(batch.inputs["teacher"])
-            rows = Rows(torch.ones(len(batch), dtype=torch.bool), logits_BC, embedding_BE=emb_BE)
+            inputs, maps = batch.inputs["teacher"], list[Tensor]()
+            if self.arm.needs_maps:
+                emb_BE, logits_BC, maps = model.with_maps(inputs)
+            else:
+                emb_BE, logits_BC = model(inputs)
+            rows = Rows(torch.ones(len(batch), dtype=torch.bool), logits_BC, embedding_BE=emb_BE, maps=tuple(maps))
         names = ("valid_B", "logits_BC", "ids_Bk", "values_Bk", "tail_BT", "embedding_BE")
         moved = {n: None if (v := getattr(rows, n)) is None else v.to(device) for n in names}
         if self.arm.shuffled:
             moved = {n: None if v is None else v.roll(1, 0) for n, v in moved.items()}
-        return Rows(**moved)  # type: ignore[arg-type]
-
-    def _has_holes(self, batch: Batch) -> bool:
-        return bool((batch.weight_B == 0).any())
-
-    def _read_known(self, batch: Batch) -> Rows:
-        """Padding and holes may carry keys that nobody knows: they get the outputs of a sample that counts, unused."""
-        assert self.kept is not None
-        good = next((k for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True) if w > 0), None)
-        if good is None:
-            good = self.kept._tables[0].column("key")[0].as_py()
-        return self.kept.read([k if w > 0 else good for k, w in zip(batch.keys, batch.weight_B.tolist(), strict=True)])
+        shown = tuple(v.roll(1, 0) if self.arm.shuffled else v for v in rows.maps)
+        return Rows(**moved, maps=shown)  # type: ignore[arg-type]
 
     def _listed(self, rows: Rows, temperature: float) -> Listed:
         if rows.ids_Bk is None or rows.values_Bk is None or rows.tail_BT is None:
@@ -228,40 +183,56 @@ class Student(Objective):
 
     def forward(self, batch: Batch) -> Losses:
         epoch = self.epoch_of(batch)
-        emb_BD = self.encoder(batch.inputs["student"])
+        maps: list[Tensor] = []
+        if self.arm.needs_maps:
+            emb_BD, maps = self.encoder.maps(batch.inputs["student"])
+        else:
+            emb_BD = self.encoder(batch.inputs["student"])
         terms = [(weight, term.loss) for term in self.arm.losses if (weight := term.at(epoch))]
         looks = [(weight, term) for term in self.arm.features if (weight := term.at(epoch))]
         rows = self.teach(batch) if terms or looks else None
         parts: dict[str, Tensor] = {}
-        feature = emb_BD.new_zeros(())
+        own: list[Tensor] = []  # of the labels
+        taught: list[Tensor] = []
         for weight, term in looks:
             assert rows is not None
-            parts[term.kind] = self._feature(term, emb_BD, rows, batch)
-            feature = feature + weight * parts[term.kind]
+            assert self.matching is not None
+            parts[term.kind] = self.matching(term, emb_BD, maps, rows, batch.weight_B)
+            taught.append(weight * parts[term.kind])
         if self.sharded:
-            return Losses(self._sharded(emb_BD, terms, rows, batch) + feature, parts)
-        ce, taught, logits_BC = self._dense(emb_BD, terms, rows, batch, parts)
-        del logits_BC
-        total = ce + taught + feature
-        if self.arm.align != "none" and terms and torch.is_grad_enabled():
-            total = total.detach() + self._aligned(ce, taught + feature)
-        return Losses(total, parts)
+            return Losses(sum(taught, self._sharded(emb_BD, terms, rows, batch)), parts)
+        self._dense(emb_BD, terms, rows, batch, parts, own, taught)
+        both = own + taught
+        watches = self.arm.align != "none" or (self.arm.cosine and self.logged)
+        if watches and terms and torch.is_grad_enabled():
+            ce, other = own[0], sum(taught[1:], taught[0])
+            pair = self._gradients(ce, other)
+            parts |= self._cosines(*pair)
+            if self.arm.align != "none":
+                return Losses((ce + other).detach() + self._aligned(*pair), parts)
+        return Losses(sum(both[1:], both[0]) if both else emb_BD.sum() * 0, parts)
 
     def _dense(
-        self, emb_BD: Tensor, terms: list[Any], rows: Rows | None, batch: Batch, parts: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        emb_BD: Tensor,
+        terms: list[Any],
+        rows: Rows | None,
+        batch: Batch,
+        parts: dict[str, Tensor],
+        own: list[Tensor],
+        taught: list[Tensor],
+    ) -> None:
         logits_BC, weight_B = self.classes(emb_BD), batch.weight_B
-        count = weight_B.sum().clamp_min(1)
-        ce = logits_BC.new_zeros(())
         if self.arm.ce:
-            parts["ce"] = (F.cross_entropy(logits_BC, batch.labels.single_B, reduction="none") * weight_B).sum() / count
-            ce = self.arm.ce * parts["ce"]
-        taught = logits_BC.new_zeros(())
+            ce_B = F.cross_entropy(logits_BC, batch.labels.single_B, reduction="none")
+            parts["ce"] = ce_B @ (weight_B / weight_B.sum().clamp_min(1))
+            own.append(self.arm.ce * parts["ce"])
         if not terms:
-            return ce, taught, logits_BC
+            return
         assert rows is not None
         target_BC = logits_BC if self.arm.aux == "none" else self._aux(emb_BD)
         known_B = weight_B * rows.valid_B
+        share_B = known_B / known_B.sum().clamp_min(1)
         for weight, loss in terms:
             if loss.kind == "listed_kd":
                 loss_B = dense_distillation(
@@ -271,9 +242,8 @@ class Student(Objective):
                 if rows.logits_BC is None:
                     raise DataError(f"loss {loss.kind} needs teacher.columns logits.")
                 loss_B = self._over_ranks(loss, target_BC, rows.logits_BC, batch.labels.single_B, known_B)
-            parts[loss.kind] = (loss_B * known_B).sum() / known_B.sum().clamp_min(1)
-            taught = taught + weight * parts[loss.kind]
-        return ce, taught, logits_BC
+            parts[loss.kind] = loss_B @ share_B
+            taught.append(weight * parts[loss.kind])
 
     def _aux(self, emb_BD: Tensor) -> Tensor:
         if self.arm.aux == "nonlinear" and self.training and len(emb_BD) < 2:
@@ -316,50 +286,46 @@ class Student(Objective):
             total = total + distillation_loss(aux, emb_BD, terms, teacher, label_B, weight_B)
         return total
 
-    def _feature(self, term: FeatureTerm, emb_BD: Tensor, rows: Rows, batch: Batch) -> Tensor:
-        if rows.embedding_BE is None:
-            raise DataError(f"feature loss {term.kind} needs teacher.columns embedding.")
-        live_B = (batch.weight_B > 0) & rows.valid_B
-        t_BE = rows.embedding_BE
-        if term.kind in ("fitnet", "cosine"):
-            s_BE = self.adapter(emb_BD)
-            each_B = (s_BE - t_BE).square().mean(1) if term.kind == "fitnet" else features.embedding_cosine(s_BE, t_BE)
-            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
-        counts = [n for (n,) in self.ranks.gather_numbers([len(emb_BD)], emb_BD.device)]
-        t_NE, live_N = self.ranks.gather_rows(t_BE.contiguous(), counts), self.ranks.gather_rows(live_B, counts)
-        if term.kind == "crd":
-            own_B = sum(counts[: self.ranks.rank]) + torch.arange(len(emb_BD), device=emb_BD.device)
-            each_B = features.contrastive_distillation(self.adapter(emb_BD), t_NE, own_B, term.temperature, live_N)
-            return (each_B * live_B).sum() / live_B.sum().clamp_min(1)
-        if term.kind == "rkd" and sum(counts) > _MOST_TRIPLETS:
-            raise DataError(
-                f"rkd compares all triplets of a batch: {sum(counts)} samples are too many, {_MOST_TRIPLETS} the most."
-            )
-        s_ND = self.ranks.gather_rows_with_grad(emb_BD, counts)
-        function = features.rkd if term.kind == "rkd" else features.similarity_preserving
-        return function(s_ND[live_N], t_NE[live_N])
+    def _gradients(self, ce: Tensor, taught: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Of both losses by each parameter, averaged over the ranks, as their directions are compared; None for zero."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        pair: list[list[Tensor | None]] = []
+        for loss in (ce, taught):
+            grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+            pair.append([None if g is None else self.ranks.sum_(g.contiguous()) / self.ranks.world for g in grads])
+        return pair[0], pair[1]
 
-    def _aligned(self, ce: Tensor, taught: Tensor) -> Tensor:
-        """A scalar of value 0 whose gradient is the aligned sum of both losses' (DHKD's gradient alignment).
+    def _within(self, prefix: str) -> list[bool]:
+        """Which of the parameters belong to a part of the student."""
+        return [name.startswith(prefix) for name, p in self.named_parameters() if p.requires_grad]
 
-        Gradients are averaged over the ranks before their directions are compared.
+    def _cosines(self, first: list[Tensor | None], second: list[Tensor | None]) -> dict[str, Tensor]:
+        """Between the gradients of labels and teacher: over all parameters, in the encoder, and in the head.
+
+        With a linear second head the latter compares the two heads, row by row the same class: what one head would meet.
         """
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        params = [p for _, p in named]
-        first, second = (
-            list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)) for loss in (ce, taught)
-        )
-        if self.ranks.world > 1:
-            for grads in (first, second):
-                for i, grad in enumerate(grads):
-                    if grad is not None:
-                        grads[i] = self.ranks.sum_(grad.contiguous()) / self.ranks.world
-        inside = [self.arm.align == "all" or name.startswith("encoder.") for name, _ in named]
+
+        def only(grads: list[Tensor | None], prefix: str) -> list[Tensor | None]:
+            return [g for g, inside in zip(grads, self._within(prefix), strict=True) if inside]
+
+        found = {
+            "cosine_all": gradient_cosine(first, second),
+            "cosine_backbone": gradient_cosine(only(first, "encoder."), only(second, "encoder.")),
+        }
+        if self.arm.aux != "nonlinear":
+            other = "classes." if self.arm.aux == "none" else "aux."
+            found["cosine_heads"] = gradient_cosine(only(first, "classes."), only(second, other))
+        return {name: value.float() for name, value in found.items()}
+
+    def _aligned(self, first: list[Tensor | None], second: list[Tensor | None]) -> Tensor:
+        """A scalar of value 0 whose gradient is the aligned sum of both losses' (DHKD's gradient alignment)."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        inside = self._within("" if self.arm.align == "all" else "encoder.")
         joined = aligned_gradients(
             [g if use else None for g, use in zip(first, inside, strict=True)],
             [g if use else None for g, use in zip(second, inside, strict=True)],
         )
-        total = ce.new_zeros(())
+        total = params[0].new_zeros(())
         for p, a, b, both, use in zip(params, first, second, joined, inside, strict=True):
             whole = both if use else (a if b is None else b if a is None else a + b)
             if whole is not None:
@@ -383,6 +349,3 @@ class Student(Objective):
         logits_BC = self.classes(emb_BD).float()
         prob, ids = torch.softmax(logits_BC, 1).topk(1)
         return {"label": label_B, "class_id": ids, "prob": prob} | ({"logits": logits_BC} if keep else {})
-
-
-Arms = dict[str, Arm]

@@ -94,6 +94,10 @@ def check_classifier(package: Path) -> ModelSpec:
         raise JobError(f"{package}: the model only embeds; unlearning takes a classifier with class rows.")
     if spec.label_form != "single":
         raise JobError(f"{package}: trained on labels of form {spec.label_form}; unlearning takes one class a sample.")
+    if spec.bias:
+        raise JobError(
+            f"{package}: its class rows have a bias; unlearning takes a model trained with a `head` section."
+        )
     return spec
 
 

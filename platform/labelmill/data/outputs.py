@@ -133,6 +133,7 @@ class Rows:
 
     Attributes:
         valid_B: False where the model's input couldn't be read; its values mean nothing.
+        maps: feature maps of a model that runs live, (B, C, H, W) each; they aren't kept.
     """
 
     valid_B: Tensor
@@ -141,6 +142,7 @@ class Rows:
     values_Bk: Tensor | None = None
     tail_BT: Tensor | None = None
     embedding_BE: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
 
 
 class Outputs:
@@ -176,6 +178,11 @@ class Outputs:
     def __len__(self) -> int:
         return len(self._sorted)
 
+    @property
+    def first_key(self) -> str:
+        """Of the first sample."""
+        return str(next(t for t in self._tables if t.num_rows).column("key")[0].as_py())
+
     @cached_property
     def keys(self) -> np.ndarray:
         """Keys of all samples, text (N,)."""
@@ -207,6 +214,12 @@ class Outputs:
             )
         if classes:
             check_classes(info.classes, info.num_classes, data, f"the outputs in {self.folder}")
+
+    def check_logits(self) -> None:
+        """Raises DataError when logits are kept that look like probabilities."""
+        kept = self._columns.get("logits")
+        if kept is not None:
+            check_logits(kept[np.flatnonzero(self._valid)[:1000]].astype(np.float32))
 
     @cached_property
     def _columns(self) -> dict[str, Any]:
@@ -245,9 +258,9 @@ class Outputs:
         taken = {}
         for name, values in self._columns.items():
             part = values[row_B]
+            if name in ("logits", "values", "embedding") and not np.isfinite(part).all():
+                check_outputs(name, part, keys, valid_B, "float32")
             taken[name] = torch.from_numpy(part.astype(np.int64 if name == "ids" else np.float32))
-            if name in ("logits", "values", "embedding"):
-                check_outputs(name, taken[name].numpy(), keys, valid_B, "float32")
         return Rows(
             torch.from_numpy(valid_B),
             taken.get("logits"),

@@ -39,6 +39,9 @@ Prepare = Callable[[Any, Labels, np.ndarray | None], Any]
 """Encoder side of decoding: field values (see `decode_column`: text, uint8 images (B, H, W, C), ...), the labels and, for
 augmentation, a uint64 key per sample -> tensors, on the CPU."""
 
+Join = Callable[[list[str], torch.Tensor], dict[str, Any]]
+"""What is kept beside the shards, found by sample key: keys and weights (B,) -> columns by name."""
+
 
 @dataclass
 class Batch:
@@ -50,7 +53,7 @@ class Batch:
         labels: of the B samples.
         weight_B: float32; 0 marks a hole (a sample that could not be decoded) or padding.
         positions_B: int64, place in the stream.
-        columns: further columns of the shards by name, as numpy arrays or lists.
+        columns: further columns of the shards by name, as numpy arrays or lists; and what `join` gave.
     """
 
     keys: list[str]
@@ -140,6 +143,7 @@ class RankStream:
         ahead: batches prepared in advance.
         threads: that decode and prepare whole batches side by side; `spec.reading.threads` goes first.
         on_bad: called with the (key, reason) pairs of holes.
+        join: further columns of a batch; never called twice at once, nor while `prepare` is.
 
     Decoded images handed to `prepare` lie in memory that is used again when nothing refers to it any more.
 
@@ -157,10 +161,12 @@ class RankStream:
         ahead: int = 2,
         threads: int = 1,
         on_bad: Callable[[list[tuple[str, str]]], None] | None = None,
+        join: Join | None = None,
     ) -> None:
         self.spec = spec
         self.stats = ReadStats()
         self._source, self._prepare, self._augment, self._on_bad = source, prepare, augment, on_bad
+        self._join = join
         self._rank, self._world = rank, world
         self._threads = spec.reading.threads or threads
         self._ahead = max(ahead, self._threads)
@@ -233,7 +239,11 @@ class RankStream:
             self._note_bad(bad)
         known = {"key", POSITION, HOLE, "label", "label_weight", "label_negative"}
         extra = {name: small.column(name).to_pylist() for name in small.column_names if name not in known}
-        return Batch(keys, inputs, labels, torch.from_numpy(weight_B), torch.from_numpy(positions_B), extra)
+        weights = torch.from_numpy(weight_B)
+        if self._join:
+            with self._preparing:
+                extra |= self._join(keys, weights)
+        return Batch(keys, inputs, labels, weights, torch.from_numpy(positions_B), extra)
 
     def _decode(
         self, tables: list[pa.Table], small: pa.Table, keys: list[str], order: np.ndarray | None

@@ -4,7 +4,7 @@
 always the sample, so that a prepared batch can be cut into micro batches. `forward` runs in the training
 engine.
 
-B samples, D embedding width.
+B samples, D embedding width, C channels, H height, W width of a feature map.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from labelmill.encoders.hashing import Rng
+from labelmill.errors import JobError
 from labelmill.job import StrictModel
 
 Prepared = torch.Tensor | dict[str, torch.Tensor]
@@ -51,6 +52,14 @@ class Encoder(nn.Module):
     def forward(self, prepared: Prepared) -> torch.Tensor:
         """emb_BD, floating point, not normalised."""
         raise NotImplementedError
+
+    def maps(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """emb_BD as `forward` gives it, and the feature maps on the way to it, (B, C, H, W) each, first to last.
+
+        Raises JobError for an encoder that has none.
+        """
+        kind = getattr(self.config, "kind", type(self).__name__)
+        raise JobError(f"encoder {kind!r} has no feature maps; small_cnn, small_vit and hf_image have.")
 
     def portable(self, folder: Path) -> StrictModel:
         """A config that rebuilds this encoder elsewhere: files it needs beside its weights go into `folder`.

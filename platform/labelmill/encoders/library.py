@@ -20,7 +20,7 @@ from torch import nn
 from labelmill.encoders.augment import _pad
 from labelmill.encoders.base import Encoder, Prepared, Raw
 from labelmill.encoders.hashing import Rng
-from labelmill.encoders.vision import ImageOptions, prepare_images
+from labelmill.encoders.vision import ImageOptions, as_map, prepare_images
 from labelmill.errors import JobError, did_you_mean
 from labelmill.job import StrictModel
 
@@ -146,7 +146,15 @@ class HfImage(LibraryEncoder):
 
     def forward(self, prepared: Prepared) -> torch.Tensor:
         """float (B, C, H, W) -> emb_BD."""
-        hidden = self.model(pixel_values=prepared).last_hidden_state
+        return self._pooled(self.model(pixel_values=prepared).last_hidden_state)
+
+    def maps(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See `Encoder.maps`: the model's hidden states; tokens in the places of their patches, class tokens left out."""
+        output = self.model(pixel_values=prepared, output_hidden_states=True)
+        states = getattr(output, "hidden_states", None) or (output.last_hidden_state,)
+        return self._pooled(output.last_hidden_state), [h if h.dim() == 4 else as_map(h) for h in states]
+
+    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.dim() == 4:  # a convolutional backbone: (B, D, H, W)
             if self.config.pooling == "cls":
                 raise ValueError("pooling 'cls' needs a model with a class token; use 'mean' for a feature map")

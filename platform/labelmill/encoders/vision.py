@@ -7,6 +7,7 @@ B samples, H height, W width, C channels, T tokens, D embedding width.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -144,8 +145,20 @@ class SmallCnn(ImageEncoder):
 
     def forward(self, prepared: Prepared) -> torch.Tensor:
         """float (B, C, H, W) -> emb_BD."""
-        features = F.gelu(self.norm(self.body(prepared)))
-        return self.out(features.mean(dim=(2, 3)))
+        return self._pooled(self.body(prepared))
+
+    def _pooled(self, features: torch.Tensor) -> torch.Tensor:
+        return self.out(F.gelu(self.norm(features)).mean(dim=(2, 3)))
+
+    def maps(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See `Encoder.maps`: what each stage ends with."""
+        assert isinstance(self.config, SmallCnnConfig)
+        found, features = [], prepared
+        for number, layer in enumerate(self.body):
+            features = layer(features)
+            if number and number % self.config.blocks == 0:
+                found.append(features)
+        return self._pooled(features), found
 
 
 class SmallVitConfig(ImageOptions):
@@ -204,8 +217,27 @@ class SmallVit(ImageEncoder):
 
     def forward(self, prepared: Prepared) -> torch.Tensor:
         """float (B, C, H, W) -> emb_BD."""
-        x_BTW = self.patches(prepared).flatten(2).transpose(1, 2) + self.place_TW
-        return self.out(self.norm(self.blocks(x_BTW)).mean(dim=1))
+        return self._pooled(self.blocks(self._tokens(prepared)))
+
+    def _tokens(self, prepared: Prepared) -> torch.Tensor:
+        return self.patches(prepared).flatten(2).transpose(1, 2) + self.place_TW
+
+    def _pooled(self, x_BTW: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x_BTW).mean(dim=1))
+
+    def maps(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See `Encoder.maps`: the tokens after each block, in the places of their patches."""
+        found, x_BTW = [], self._tokens(prepared)
+        for block in self.blocks:
+            x_BTW = block(x_BTW)
+            found.append(as_map(x_BTW))
+        return self._pooled(x_BTW), found
+
+
+def as_map(x_BTW: torch.Tensor) -> torch.Tensor:
+    """Tokens of the patches of a square image, after any others, as a feature map (B, W, side, side)."""
+    side = math.isqrt(x_BTW.shape[1])
+    return x_BTW[:, x_BTW.shape[1] - side**2 :].transpose(1, 2).unflatten(2, (side, side))
 
 
 class MlpConfig(ImageOptions):

@@ -1,15 +1,16 @@
 """Distillation losses on a class-sharded student head: no batch x classes is gathered, and none is kept beyond `memory_mb`.
 
 Each rank has the logits of its own class rows, chunk by chunk, and the teacher's logits of the same classes. A loss adds up
-a few numbers of each sample over the chunks, joined over the ranks level by level (`labelmill.losses.distillation`). The
-gradient of a chunk's logits then follows from the derivative of the loss by those numbers, by autograd within the chunk.
+a few numbers of each sample over the chunks, joined over the ranks scan by scan (`labelmill.losses.class_sums`). The
+derivative by a chunk's logits then follows from these numbers and the chunk alone; logits that aren't kept are made again.
 
 Shape legend: B samples of this rank, N of all ranks, R rows of a chunk, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from labelmill.errors import DataError, JobError
 from labelmill.heads.batch import NotFiniteError
 from labelmill.heads.chunk import to_tangent_
 from labelmill.heads.plan import Piece, StepPlan
+from labelmill.heads.precision import matmul_precision
 from labelmill.heads.sharded import ShardedHead
-from labelmill.heads.statistics import chunk_rows
+from labelmill.heads.statistics import ACCELERATOR_FACTOR, UPDATE_ELEMENTS, chunk_rows
 from labelmill.heads.teaching import NoTeacher, Teacher
-from labelmill.losses.distillation import Level, LogitLoss, Part
+from labelmill.losses.class_sums import Columns, LogitLoss, Pairs, Part, Sums, joined, shrink, whole
 
 Weighted = Sequence[tuple[float, LogitLoss]]
 
@@ -87,8 +89,9 @@ class _Distilled(torch.autograd.Function):
         label_B: Tensor,
         weight_B: Tensor,
     ) -> Tensor:
-        work = _Pass(head, losses, teacher, x_BD.detach(), label_B, weight_B)
-        value = work.forward(ctx.needs_input_grad[1])
+        with matmul_precision(head.config.matmul):
+            work = _Pass(head, losses, teacher, x_BD.detach(), label_B, weight_B)
+            value = work.forward(ctx.needs_input_grad[1])
         ctx.work = work if ctx.needs_input_grad[1] else None
         return value
 
@@ -97,7 +100,8 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.work is None:
             raise RuntimeError("the head's loss was already differentiated once")
-        grad_BD = ctx.work.backward(float(grad_value))
+        with matmul_precision(ctx.work.head.config.matmul):
+            grad_BD = ctx.work.backward(float(grad_value))
         ctx.work = None
         return grad_BD, None, None, None, None, None, None
 
@@ -121,11 +125,13 @@ class _Pass:
         head.rows.refresh()
         self.plan = self._plan()
         self.classes = sum(n for (n,) in ranks.gather_numbers([self.plan.total], head.device))
-        self.pieces = self.plan.pieces(max(1, min(chunk_rows(len(self.x_ND)), self.plan.total)))
+        self._cut()
         self.kept: dict[int, Tensor] = {}
         self.budget = int(head.config.memory_mb * 2**20) // (self.x_ND.element_size() * max(1, len(self.x_ND)))
-        self.known: list[dict[str, Tensor]] = [{} for _ in losses]
-        self.slopes: list[dict[str, Tensor]] = [{} for _ in losses]
+        self.known: list[Sums] = [{} for _ in losses]
+        # what values may look at: nothing of single classes
+        nothing = self.x_ND.new_empty(len(self.x_ND), 0)
+        self.whole = replace(whole(nothing, nothing, None, self.weight_N, None), **self._shared())
 
     def _check_labels(self) -> None:
         live_N = self.weight_N > 0
@@ -147,174 +153,140 @@ class _Pass:
         plan, _ = head._drawing.plan(head.grid, self.x_ND, sample, mine, mine, head.seed, head.steps)
         return plan
 
+    def _cut(self) -> None:
+        """The step's rows in chunks, and which chunk has whose label and listed classes."""
+        # a loss works in several matrices of a chunk's size
+        factor = 1 if self.x_ND.device.type == "cpu" else ACCELERATOR_FACTOR // 8
+        self.pieces = self.plan.pieces(max(1, min(chunk_rows(len(self.x_ND)) * factor, self.plan.total)))
+        self.update_rows = max(64, UPDATE_ELEMENTS // self.head.dim) * factor
+        live_N = self.weight_N > 0
+        self.own = self._pairs(torch.where(live_N, self.label_N, -1)[:, None])
+        listed = self.teacher.listed
+        self.named = self._pairs(self.label_N[:, None][:, :0] if listed is None else listed.ids_Nk)
+
+    def _pairs(self, ids_NP: Tensor) -> list[Pairs]:
+        """Own classes among these, chunk by chunk."""
+        head = self.head
+        sample_P, place_P = ((ids_NP >= head.start) & (ids_NP < head.stop)).nonzero(as_tuple=True)
+        at_P, order_P = torch.sort(self.plan.locate(ids_NP[sample_P, place_P] - head.start))
+        sample_P, place_P = sample_P[order_P], place_P[order_P]
+        edges = torch.tensor([piece.lo for piece in self.pieces] + [self.plan.total], device=at_P.device)
+        cuts = torch.searchsorted(at_P, edges).tolist()
+        return [
+            Pairs(sample_P[a:b], at_P[a:b] - piece.lo, place_P[a:b])
+            for piece, a, b in zip(self.pieces, cuts, cuts[1:], strict=False)
+        ]
+
     # --- chunks -----------------------------------------------------------------------------------------
 
-    def _local(self, piece: Piece) -> Tensor:
-        where = piece.where
-        if isinstance(where, Tensor):
-            return where
-        return torch.arange(where.start, where.stop, where.step or 1, device=self.x_ND.device)
-
     def _logits(self, index: int, piece: Piece) -> Tensor:
-        """z_NR of a chunk; the first chunks' are kept, as many as fit the memory."""
+        """s_NR of a chunk; the first chunks' are kept, as many as fit the memory."""
         if index in self.kept:
             return self.kept[index]
         head = self.head
         head.rows.catch_up(piece.where, head._scratch, head.steps)
         w_RD = head.rows.read(piece.where, head._scratch, "rows")
-        z_NR = self.x_ND @ w_RD.T
+        keep = piece.hi <= self.budget
+        shape = (len(self.x_ND), len(w_RD))
+        s_NR = self.x_ND.new_empty(shape) if keep else head._scratch.borrow("student logits", shape, self.x_ND)
+        torch.mm(self.x_ND, w_RD.T, out=s_NR)
         inverse_R = head.rows.inverse(piece.where)
-        z_NR *= head.config.scale if inverse_R is None else head.config.scale * inverse_R
-        if piece.hi <= self.budget:
-            self.kept[index] = z_NR
-        return z_NR
+        s_NR *= head.config.scale if inverse_R is None else head.config.scale * inverse_R
+        if keep:
+            self.kept[index] = s_NR
+        return s_NR
 
-    def _parts(self, grad: bool) -> Iterator[tuple[Piece, Part]]:
-        live_N = self.weight_N > 0
+    def _room(self, i: int, columns: int) -> Callable[[int], Tensor]:
+        """The matrices of loss i, (N, columns)."""
+        shape = (len(self.x_ND), columns)
+        return lambda number: self.head._scratch.borrow(f"loss {i} {number}", shape, self.x_ND)
+
+    def _shared(self) -> dict[str, Any]:
+        return {"weight_N": self.weight_N, "num_classes": self.classes, "listed": self.teacher.listed}
+
+    def _parts(self) -> Iterator[tuple[Piece, Part]]:
+        needs = any(loss.needs_teacher for _, loss in self.losses)
+        hole_N = self.weight_N <= 0
+        holes, shared = bool(hole_N.any()), self._shared()
         for index, piece in enumerate(self.pieces):
-            local_R = self._local(piece)
-            ids_R = local_R + self.head.start
-            s_NR = self._logits(index, piece).detach()
-            s_NR = s_NR.clone().requires_grad_() if grad else s_NR
-            needs = any(loss.needs_teacher for _, loss in self.losses)
-            t_NR = self.teacher.logits(local_R) if needs else None
-            if t_NR is not None:
-                t_NR = torch.where(live_N[:, None], t_NR, 0.0)  # of a hole it may be anything
-            own_NR = self.label_N[:, None] == ids_R
-            yield piece, Part(s_NR, t_NR, own_NR, ids_R, self.weight_N, self.classes, self.teacher.listed)
-
-    def _whole(self) -> Part:
-        """What values may look at: nothing of single classes."""
-        none = self.x_ND.new_empty(len(self.x_ND), 0)
-        ids = self.label_N[:0]
-        return Part(none, none, none > 0, ids, self.weight_N, self.classes, self.teacher.listed)
+            t_NR = self.teacher.logits(piece.where, self.head._scratch) if needs else None
+            if t_NR is not None and holes:
+                t_NR = t_NR.masked_fill(hole_N[:, None], 0.0)  # of a hole it may be anything
+            yield piece, Part(self._logits(index, piece), t_NR, self.own[index], self.named[index], **shared)
 
     # --- forward ----------------------------------------------------------------------------------------
 
     def forward(self, for_backward: bool) -> Tensor:
-        with torch.no_grad():
-            for number in range(max((loss.levels for _, loss in self.losses), default=0)):
-                self._join(number)
-        value = self._value(for_backward)
-        if not for_backward:
-            return value
-        for number in reversed(range(1, max((loss.levels for _, loss in self.losses), default=0))):
-            self._pull_back(number)
-        dx_ND = torch.zeros_like(self.x_ND)
-        for piece, slope_NR in self._slopes():
-            dx_ND.addmm_(slope_NR, self.head.rows.read(piece.where, self.head._scratch, "rows"))
-        self.dx_ND = self.ranks.sum_(dx_ND)
-        return value
+        for number in range(max((loss.scans for _, loss in self.losses), default=0)):
+            self._scan(number)
+        live_N, total = self.weight_N > 0, self.x_ND.new_zeros(())
+        share_N = self.weight_N / self.weight_N.sum().clamp_min(torch.finfo(self.x_ND.dtype).tiny)
+        for (factor, loss), known in zip(self.losses, self.known, strict=True):
+            total += factor * (torch.where(live_N, loss.value(known, self.whole), 0.0) * share_N).sum()
+        if for_backward:
+            self.by_N1 = share_N[:, None]
+            dx_ND = torch.zeros_like(self.x_ND)
+            for piece, slope_NR in self._slopes():
+                dx_ND.addmm_(slope_NR, self.head.rows.read(piece.where, self.head._scratch, "rows"))
+            self.dx_ND, self.dx_sum = dx_ND, self.ranks.sum_later_(dx_ND)  # travels beside what the encoder computes
+        return total
 
-    def _join(self, number: int) -> None:
-        """Level `number` of every loss over all chunks and ranks."""
-        empty = self._empty(number)
-        found = [{name: t.clone() for name, t in (*level.tops.items(), *level.sums.items())} for level in empty]
-        for _, part in self._parts(grad=False):
-            for i, (_, loss) in enumerate(self.losses):
-                if number >= loss.levels:
-                    continue
-                level = loss.level(number, part, self.known[i])
-                for name, top in level.tops.items():
-                    torch.maximum(found[i][name], top, out=found[i][name])
-                for name, total in level.sums.items():
-                    found[i][name] += total
-        self._reduce(found, [set(level.tops) for level in empty])
-        for i, values in enumerate(found):
-            if not all(bool(torch.isfinite(v).all()) for v in values.values()):
+    def _scan(self, number: int) -> None:
+        """Scan `number` of every loss over all chunks and ranks."""
+        at = self._columns()
+        found: list[list[Sums]] = [[] for _ in self.losses]
+        wanted = [i for i, (_, loss) in enumerate(self.losses) if number < loss.scans]
+        for part in (part for _, part in self._parts()) if self.pieces else (self.whole,):
+            for i in wanted:
+                part = replace(part, room=self._room(i, part.s_NR.shape[1]))
+                found[i].append(self.losses[i][1].scan(number, part, at[i]))
+        own = [joined(parts, self.losses[i][1].relative) if parts else {} for i, parts in enumerate(found)]
+        self._join(own)
+        for i in wanted:
+            if not all(bool(torch.isfinite(v).all()) for v in own[i].values()):
                 raise NotFiniteError("sums over class rows are not finite")
-            self.known[i] |= values
+            self.known[i] |= own[i]
+            self.known[i] |= self.losses[i][1].conclude(number, self.known[i], self.whole)
 
-    def _empty(self, number: int) -> list[Level]:
-        """What no class at all gives: the shapes, zeros and lowest maxima."""
-        part, nothing = self._whole(), Level({}, {})
-        return [
-            loss.level(number, part, self.known[i]) if number < loss.levels else nothing
-            for i, (_, loss) in enumerate(self.losses)
-        ]
+    def _columns(self) -> list[Columns]:
+        return [Columns(known, self.x_ND) for known in self.known]
 
-    def _reduce(self, found: list[dict[str, Tensor]], tops: list[set[str]]) -> None:
-        """Maxima in one collective, sums in another."""
-        for wanted, join in ((True, self.ranks.max_), (False, self.ranks.sum_)):
-            chosen = [v for i, values in enumerate(found) for n, v in values.items() if (n in tops[i]) == wanted]
-            if not chosen or self.ranks.world == 1:
-                continue
-            flat = torch.cat([v.reshape(-1) for v in chosen])
-            join(flat)
-            lo = 0
-            for v in chosen:
-                v.copy_(flat[lo : lo + v.numel()].view_as(v))
-                lo += v.numel()
-
-    def _value(self, for_backward: bool) -> Tensor:
-        """The scalar, and its derivative by every sum."""
-        part, live_N = self._whole(), self.weight_N > 0
-        total = self.x_ND.new_zeros(())
-        weight = self.weight_N.sum().clamp_min(torch.finfo(self.x_ND.dtype).tiny)
-        leaves: list[tuple[int, str, Tensor]] = []
-        with torch.set_grad_enabled(for_backward):
-            for i, (factor, loss) in enumerate(self.losses):
-                state = {name: v.detach().requires_grad_(for_backward) for name, v in self.known[i].items()}
-                leaves += [(i, name, v) for name, v in state.items()]
-                loss_N = loss.value(state, part)
-                total = total + factor * (torch.where(live_N, loss_N, 0.0) * self.weight_N).sum() / weight
-            if for_backward and leaves:
-                grads = torch.autograd.grad(total, [v for _, _, v in leaves], allow_unused=True)
-                for (i, name, _), grad in zip(leaves, grads, strict=True):
-                    if grad is not None:
-                        self.slopes[i][name] = grad
-        return total.detach()
-
-    def _pull_back(self, number: int) -> None:
-        """The derivative by sums of earlier levels that goes through level `number`."""
-        gathered: list[dict[str, Tensor]] = [{} for _ in self.losses]
-        for i, (_, loss) in enumerate(self.losses):
-            if number not in loss.pulls_back:
-                continue
-            for name, value in self.known[i].items():
-                gathered[i][name] = torch.zeros_like(value)
-        if not any(gathered):
+    def _join(self, found: list[Sums]) -> None:
+        """The sums of all ranks: maxima in one collective, everything else in another."""
+        if self.ranks.world == 1:
             return
-        for _, part in self._parts(grad=False):
-            for i, (_, loss) in enumerate(self.losses):
-                if not gathered[i]:
-                    continue
-                with torch.enable_grad():
-                    state = {name: v.detach().requires_grad_() for name, v in self.known[i].items()}
-                    total = self._total(loss.level(number, part, state).sums, i)
-                    if total is None:
-                        continue
-                    grads = torch.autograd.grad(total, list(state.values()), allow_unused=True)
-                for name, grad in zip(state, grads, strict=True):
-                    if grad is not None:
-                        gathered[i][name] += grad
-        self._reduce(gathered, [set() for _ in gathered])
-        for i, values in enumerate(gathered):
-            for name, grad in values.items():
-                self.slopes[i][name] = self.slopes[i].get(name, 0.0) + grad
+        relative = [loss.relative for _, loss in self.losses]
+        names = [(i, name) for i, sums in enumerate(found) for name in sums]
+        tops = [(i, name) for i, name in names if name in relative[i].values()]
+        before = [dict(sums) for sums in found]
+        self._reduce(self.ranks.max_, found, tops)
+        for i, name in names:
+            if name in relative[i]:
+                found[i][name] = found[i][name] * shrink(before[i], found[i], relative[i][name])
+        self._reduce(self.ranks.sum_, found, [place for place in names if place not in tops])
 
-    def _total(self, sums: Any, i: int) -> Tensor | None:
-        terms = [(self.slopes[i][name] * v).sum() for name, v in sums.items() if name in self.slopes[i]]
-        terms = [term for term in terms if term.requires_grad]
-        return sum(terms[1:], terms[0]) if terms else None
+    def _reduce(self, join: Callable[[Tensor], Tensor], found: list[Sums], places: list[tuple[int, str]]) -> None:
+        if not places:
+            return
+        flat = torch.cat([found[i][name].reshape(-1) for i, name in places])
+        join(flat)
+        parts = flat.split([found[i][name].numel() for i, name in places])
+        for (i, name), part in zip(places, parts, strict=True):
+            found[i][name] = part.view_as(found[i][name])
 
     def _slopes(self) -> Iterator[tuple[Piece, Tensor]]:
         """Derivative of the scalar by x @ w of each chunk, (N, R)."""
-        scale = self.head.config.scale
-        for piece, part in self._parts(grad=True):
-            with torch.enable_grad():
-                terms = []
-                for i, (_, loss) in enumerate(self.losses):
-                    for number in range(loss.levels):
-                        term = self._total(loss.level(number, part, self.known[i]).sums, i)
-                        terms += [] if term is None else [term]
-                (slope_NR,) = (
-                    torch.autograd.grad(sum(terms[1:], terms[0]), part.s_NR)
-                    if terms
-                    else (torch.zeros_like(part.s_NR),)
-                )
+        scale, at = self.head.config.scale, self._columns()
+        by_N1 = [factor * self.by_N1 for factor, _ in self.losses]
+        for piece, part in self._parts():
+            slope_NR: Tensor | None = None
+            for i, (_, loss) in enumerate(self.losses):
+                part = replace(part, room=self._room(i, part.s_NR.shape[1]))
+                more_NR = loss.slope(part, at[i], by_N1[i])
+                slope_NR = more_NR if slope_NR is None else slope_NR.add_(more_NR)
+            slope_NR = torch.zeros_like(part.s_NR) if slope_NR is None else slope_NR
             inverse_R = self.head.rows.inverse(piece.where)
-            yield piece, slope_NR * (scale if inverse_R is None else scale * inverse_R)
+            yield piece, slope_NR.mul_(scale if inverse_R is None else scale * inverse_R)
 
     # --- backward ---------------------------------------------------------------------------------------
 
@@ -322,23 +294,27 @@ class _Pass:
         """Moves the rows or collects their gradient; returns that of own embeddings."""
         head = self.head
         rows, scratch = head.rows, head._scratch
-        by = factor / head.loss_scale
+        by_ND = self.x_ND * (factor / head.loss_scale)
         alone = head._pending.grad_UD is None and head._moved is None and not len(head._open)
         lr = head._move_lr if alone and factor == 1.0 and head.loss_scale == 1.0 else None
         places_S = None
         if lr is None:
             places_S = head._pending.make_room(self.plan.ids(self.x_ND.device), len(rows), self.x_ND[:1])
         for piece, slope_NR in self._slopes():
-            w_RD, inverse_R = rows.read(piece.where, scratch, "rows"), rows.inverse(piece.where)
-            grad_RD = slope_NR.T @ self.x_ND * by
-            if inverse_R is not None:
-                to_tangent_(grad_RD, w_RD, inverse_R)
-            if lr is None:
-                head._pending.add(places_S, piece.lo, piece.hi, grad_RD)
-            else:
-                rows.move(piece.where, w_RD, grad_RD, lr * head.config.lr_multiplier, head.steps, scratch)
+            for part in piece.parts(self.update_rows):
+                w_RD, inverse_R = rows.read(part.where, scratch, "rows"), rows.inverse(part.where)
+                grad_RD = scratch.borrow("chunk gradient", tuple(w_RD.shape), self.x_ND)
+                torch.mm(slope_NR[:, part.lo - piece.lo : part.hi - piece.lo].T, by_ND, out=grad_RD)
+                if inverse_R is not None:
+                    to_tangent_(grad_RD, w_RD, inverse_R)
+                if lr is None:
+                    head._pending.add(places_S, part.lo, part.hi, grad_RD)
+                else:
+                    rows.move(part.where, w_RD, grad_RD, lr * head.config.lr_multiplier, head.steps, scratch)
         if lr is not None:
             head._moved = lr
         self.kept.clear()
+        if self.dx_sum is not None:
+            self.dx_sum.wait()
         lo = sum(self.counts[: self.ranks.rank])
         return self.dx_ND[lo : lo + self.counts[self.ranks.rank]] * (head.grad_scale * factor)

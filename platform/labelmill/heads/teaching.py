@@ -6,7 +6,7 @@ Shape legend: B samples of this rank, N of all ranks, R classes of a chunk, C of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from labelmill.errors import DataError
 from labelmill.heads.ranks import Ranks
+from labelmill.heads.rows import Scratch, Where
 from labelmill.heads.sharded import ShardedHead
-from labelmill.losses.distillation import Listed
+from labelmill.losses.class_sums import Listed
 
 
 class Teacher(Protocol):
@@ -28,11 +29,12 @@ class Teacher(Protocol):
 
 @dataclass
 class Sliced:
-    """The teacher's logits of own classes: `slice(local rows (R,)) -> (N, R)`, or `listed` classes."""
+    """The teacher's logits of own classes, or its `listed` ones."""
 
     listed: Listed | None = None
 
-    def logits(self, local_R: Tensor) -> Tensor | None:
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
+        """(N, R) of local rows, until the next call; not to be written to."""
         return None
 
 
@@ -47,9 +49,9 @@ class NoTeacher:
 class _Columns(Sliced):
     t_NC: Tensor | None = None
 
-    def logits(self, local_R: Tensor) -> Tensor | None:
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
         assert self.t_NC is not None
-        return self.t_NC[:, local_R]
+        return self.t_NC[:, where]
 
 
 @dataclass
@@ -105,7 +107,8 @@ class RowTeacher:
             raise DataError(
                 f"the teacher has {len(self.w_CE)} rows for the classes [{head.start}, {head.stop}) of this rank."
             )
-        return _Rows(None, ranks.gather_rows(self.emb_BE.to(head.device, head.dtype), counts), self)
+        emb_NE = ranks.gather_rows(self.emb_BE.to(head.device, head.dtype), counts)
+        return _Rows(None, emb_NE * self.scale, self)
 
 
 @dataclass
@@ -113,13 +116,13 @@ class _Rows(Sliced):
     emb_NE: Tensor = field(default_factory=lambda: torch.empty(0))
     teacher: RowTeacher | None = None
 
-    def logits(self, local_R: Tensor) -> Tensor | None:
+    def logits(self, where: Where, scratch: Scratch) -> Tensor | None:
         assert self.teacher is not None
         w_CE, bias_C = self.teacher.w_CE, self.teacher.bias_C
-        contiguous = len(local_R) and int(local_R[-1]) - int(local_R[0]) + 1 == len(local_R)
-        where: Any = slice(int(local_R[0]), int(local_R[-1]) + 1) if contiguous else local_R
-        z_NR = self.teacher.scale * self.emb_NE @ w_CE[where].to(self.emb_NE).T
-        return z_NR if bias_C is None else z_NR + bias_C[where].to(z_NR)
+        w_RE = w_CE[where].to(self.emb_NE)
+        z_NR = scratch.borrow("teacher logits", (len(self.emb_NE), len(w_RE)), self.emb_NE)
+        torch.mm(self.emb_NE, w_RE.T, out=z_NR)
+        return z_NR if bias_C is None else z_NR.add_(bias_C[where].to(z_NR))
 
 
 @dataclass

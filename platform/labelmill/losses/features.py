@@ -21,8 +21,8 @@ def attention_map(features_NCHW: Tensor) -> Tensor:
 
 
 def attention_transfer(student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
-    """Mean squared difference of attention maps (Zagoruyko and Komodakis, ICLR 2017). Channels may differ, H and W not."""
-    return (attention_map(student_NCHW) - attention_map(teacher_NCHW.detach())).square().mean()
+    """Mean squared difference of attention maps, (N,) (Zagoruyko and Komodakis, ICLR 2017). Channels may differ, H and W not."""
+    return (attention_map(student_NCHW) - attention_map(teacher_NCHW.detach())).square().mean(1)
 
 
 def _distances(x_ND: Tensor) -> Tensor:

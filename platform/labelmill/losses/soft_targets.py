@@ -37,6 +37,24 @@ def soft_entropy(target_NQ: Tensor, weight_N: Tensor) -> Tensor:
     return torch.where(known_NQ, entropy, 0.0).sum() / known_NQ.sum().clamp_min(1)
 
 
+def _products(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """<g1, g2>, |g1|^2, |g2|^2 over lists of gradients, float64."""
+    some = next(g for g in (*first, *second) if g is not None)
+    dot, one, two = some.new_zeros(3, dtype=torch.float64).unbind()
+    for a, b in zip(first, second, strict=True):
+        one = one if a is None else one + a.double().square().sum()
+        two = two if b is None else two + b.double().square().sum()
+        dot = dot if a is None or b is None else dot + (a.double() * b.double()).sum()
+    return dot, one, two
+
+
+def gradient_cosine(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Tensor:
+    """Cosine of the angle between two gradients, a scalar; 0 where one of them is 0. None stands for zero."""
+    dot, one, two = _products(first, second)
+    length = one.sqrt() * two.sqrt()
+    return torch.where(length > 0, dot / length.clamp_min(torch.finfo(length.dtype).tiny), 0.0)
+
+
 def aligned_gradients(
     first: Sequence[Tensor | None], second: Sequence[Tensor | None], dots: Any = None
 ) -> list[Tensor | None]:
@@ -44,13 +62,7 @@ def aligned_gradients(
 
     `dots` joins (<g1, g2>, |g1|^2) over the ranks where each holds a part of the gradients. None stands for zero.
     """
-    some = next(g for g in (*first, *second) if g is not None)
-    pair = some.new_zeros(2, dtype=torch.float64)
-    for a, b in zip(first, second, strict=True):
-        if a is not None:
-            pair[1] += a.double().square().sum()
-            if b is not None:
-                pair[0] += (a.double() * b.double()).sum()
+    pair = torch.stack(_products(first, second)[:2])
     if dots is not None:
         pair = dots(pair)
     cut = float(pair[0] / pair[1]) if pair[0] < 0 and pair[1] > 0 else 0.0

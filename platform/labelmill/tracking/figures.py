@@ -71,6 +71,7 @@ def lines(
             x,
             y,
             color=_color(index),
+            linestyle=("-", "--", ":")[index // len(PALETTE) % 3],
             linewidth=2.0,
             marker="o" if markers else None,
             markersize=5,
@@ -264,8 +265,12 @@ def matrix(
     ylabel: str,
     title: str = "",
     shares: bool = True,
+    low: float = 0.0,
 ) -> Path:
-    """A table of numbers as shades, each written in its cell; `shares` writes percent and leaves out what is below 0.5."""
+    """A table of numbers as shades, each written in its cell; `shares` writes percent and leaves out what is below 0.5.
+
+    `low` is the number that is white.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     height, width = values.shape
@@ -276,16 +281,39 @@ def matrix(
     off = values[~np.eye(height, width, dtype=bool)]
     # the diagonal outshines the errors: shades end where the largest of those lies
     top = float(off.max(initial=0.0)) or 1.0
-    axes.imshow(np.minimum(values, top), cmap=shades, vmin=0, vmax=top)
+    axes.imshow(np.minimum(values, top), cmap=shades, vmin=low, vmax=max(top, low + 1e-6))
     axes.set_xticks(range(width), columns, rotation=45, ha="right")
     axes.set_yticks(range(height), rows)
     for i in range(height):
         for j in range(width):
             text = (f"{100 * values[i, j]:.0f}" if values[i, j] >= 0.005 else "") if shares else f"{values[i, j]:,.0f}"
-            color = "white" if min(values[i, j], top) > 0.6 * top else INK
+            color = "white" if min(values[i, j], top) - low > 0.6 * (top - low) else INK
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7.5)
     _label(axes, xlabel, ylabel, title)
     axes.grid(False)
+    return _save(figure, path)
+
+
+def reliability_panels(systems: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], path: str | Path) -> Path:
+    """Accuracy over confidence in bins, a panel a system: name -> (confidence, accuracy, samples) of its bins.
+
+    Dots as large as their share of the samples, lines to where a calibrated system would be.
+    """
+    columns = min(4, max(1, len(systems)))
+    rows = -(-len(systems) // columns)
+    figure = _figure(1.9 * rows + 0.5)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.ravel()[len(systems) :]:
+        axes.set_axis_off()
+    for index, (axes, (name, (x, y, count))) in enumerate(zip(panels.ravel(), systems.items(), strict=False)):
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle="--")
+        axes.vlines(x, np.minimum(x, y), np.maximum(x, y), color=PALETTE[4], linewidth=1.2)
+        axes.scatter(x, y, s=6 + 60 * np.sqrt(count / max(1, count.max())), color=PALETTE[0], linewidth=0, zorder=3)
+        below = index // columns == rows - 1 or index + columns >= len(systems)
+        _label(axes, "confidence" if below else "", "" if index % columns else "accuracy", name)
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelbottom=below)
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
     return _save(figure, path)
 
 

@@ -76,6 +76,7 @@ class ModelSpec(StrictModel):
         dim: embedding width D.
         normalized: whether embeddings and rows are unit vectors, so that a score is a cosine; else it is
             their inner product.
+        bias: whether rows have a further column, the last, which is added to the score.
         prior: class frequencies that take part in the ranking of rule `topk`; None ranks by score alone.
         scale: factor of the cosine in the training loss; it isn't part of a score.
         label_form: label form of the training data.
@@ -96,6 +97,7 @@ class ModelSpec(StrictModel):
     shape: tuple[int, ...] | None = None
     dim: int = Field(ge=1)
     normalized: bool = True
+    bias: bool = False
     prior: ClassPrior | None = None
     scale: float = 1.0
     label_form: str = "single"
@@ -127,6 +129,7 @@ def write_model(
     code_version: str = "",
     extra: Mapping[str, Any] | None = None,
     input_shape: Sequence[int] | None = None,
+    bias: bool = False,
 ) -> ModelSpec:
     """Finishes a model folder that already holds the head files of every rank.
 
@@ -142,7 +145,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     _rule(predictor)
     num_classes = 0 if classes is None else classes.num_rows
-    shards, dtype = _find_shards(folder, num_classes, encoder.dim, normalized)
+    shards, dtype = _find_shards(folder, num_classes, encoder.dim + bias, normalized)
     if prior and (classes is None or prior.column not in classes.column_names):
         raise DataError(f"{folder}: the prior needs a column {prior.column!r} of the classes")
     if classes is not None:
@@ -162,6 +165,7 @@ def write_model(
         shape=_shape(encoder, input_kind, input_shape),
         dim=encoder.dim,
         normalized=normalized,
+        bias=bias,
         prior=prior,
         scale=scale,
         label_form=label_form,
@@ -363,11 +367,16 @@ class Predictor:
         emb_ND = self.encoder.embed(self.read(inputs))
         return F.normalize(emb_ND, dim=1) if self.spec.normalized else emb_ND
 
+    def queries(self, inputs: Inputs) -> Tensor:
+        """What rows are compared with, (N, D): embeddings, with a last column of ones for rows that end with a bias."""
+        emb_ND = self.embed(inputs)
+        return torch.cat([emb_ND, torch.ones_like(emb_ND[:, :1])], dim=1) if self.spec.bias else emb_ND
+
     @torch.no_grad()
     def topk(self, inputs: Inputs, k: int) -> tuple[Tensor, Tensor]:
         """Scores (N, k) float32 and class ids (N, k) int64, best first; k at most the number of classes."""
         k = min(k, self.spec.num_classes)
-        queries_ND = self.embed(inputs).to(self.device)
+        queries_ND = self.queries(inputs).to(self.device)
         found = [topk_rows(queries_ND, rows_RD, k, start) for start, rows_RD in self.shards]
         scores_Nm, ids_Nm = torch.cat([s for s, _ in found], dim=1), torch.cat([i for _, i in found], dim=1)
         scores_Nk, ids_Nk = merge_topk(scores_Nm, ids_Nm, k)

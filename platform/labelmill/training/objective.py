@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,10 @@ class Objective(nn.Module):
         `self.training` tells training streams from evaluation.
         """
         raise NotImplementedError
+
+    def join(self, keys: Sequence[str], weight_B: Tensor) -> dict[str, Any]:
+        """What is kept beside the shards of a batch's samples, by name: for `Batch.columns`. In the reader thread."""
+        return {}
 
     def start(self, progress: Progress) -> None:
         """Called once on every rank before the first step of a fresh run, not after a resume."""

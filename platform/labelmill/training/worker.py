@@ -262,7 +262,8 @@ def open_stream(
             exporter.bad(len(bad))
         sink.post(kind="bad", samples=[list(item) for item in bad], data=spec.name)
 
-    return RankStream(spec, source, rank, world, objective.prepare, augment=augment, threads=threads, on_bad=on_bad)
+    options: dict[str, Any] = {"augment": augment, "threads": threads, "on_bad": on_bad, "join": objective.join}
+    return RankStream(spec, source, rank, world, objective.prepare, **options)
 
 
 def _held_out(

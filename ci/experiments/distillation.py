@@ -1,7 +1,7 @@
 """The distillation experiments: python ci/experiments/distillation.py [losses glosses active views aspects]
 
 losses    every loss, one head or two, on Fashion-MNIST: one teacher for all
-glosses   the same on 510 classes of WordNet's glosses, taught by a sentence encoder with a classifier
+glosses   the same on 503 classes of WordNet's glosses, taught by a sentence encoder with a classifier
 active    whom to ask a fallible teacher about
 views     label augmentation by rotations against training of the same cost
 aspects   answers to questions beside the classes
@@ -226,7 +226,8 @@ def losses() -> None:
         data__dev=parts["dev"],
         train__log_every=100,
     )
-    base = {"encoder": MLP, "samples": 2000, "train__epochs": 15, "train__log_every": 100}
+    train = {"global_batch": 128, "epochs": 15, "weight_decay": 0.01, "zero_stage": 0, "log_every": 100}
+    base = {"encoder": MLP, "samples": 2000, "train": train}
     compared("losses", "distillation/jobs/kd-fashion.yaml", "fashion-teacher", parts, LOSSES, RATES, SEEDS, **base)
 
 
@@ -260,7 +261,7 @@ def glosses() -> None:
     """Character n-grams that know 6,000 glosses, taught by a sentence encoder."""
     parts = {"students": GLOSSES / "student", "dev": GLOSSES / "dev", "test": GLOSSES / "test"}
     run("distillation/jobs/teacher-glosses.yaml", "distillation-gloss-teacher", train__log_every=100)
-    base = {"samples": 6000, "train__log_every": 100}
+    base = {"samples": 6000, "train__zero_stage": 0, "train__log_every": 100}
     rates = (0.003, 0.01)
     compared("glosses", "distillation/jobs/kd-glosses.yaml", "gloss-teacher", parts, MANY, rates, FEW_SEEDS, **base)
 

@@ -315,7 +315,7 @@ def active() -> None:
         known = spread(over(results, "teacher/accuracy"))
         head = ["buyer", "test %", "right answers %", "over random", "over margin"]
         parts += [f"{budget} answers, teacher {known} % right", "", table(head, rows), ""]
-    write("distillation", "active", "\n".join(parts))
+        write("distillation", "active", "\n".join(parts))
 
 
 # --- views -------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def views() -> None:
             )
         head = ["arm", "one view %", "over plain", "over plain x 4", "vote %", "over plain", "over plain x 4"]
         parts += [f"{count} images", "", table([*head, "view told %", "rate"], rows), ""]
-    write("distillation", "views", "\n".join(parts))
+        write("distillation", "views", "\n".join(parts))
 
 
 # --- aspects -----------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def aspects() -> None:
             rows.append([arm, spread(test, digits=2), *against, auc, f"{setting['train']['learning_rate']:g}"])
         head = ["arm", "test %", "over base", "over another sample's answers", "AUC of the answers %", "rate"]
         parts += [f"{count} images", "", table(head, rows), ""]
-    write("distillation", "aspects", "\n".join(parts))
+        write("distillation", "aspects", "\n".join(parts))
 
 
 STUDIES = {"losses": losses, "glosses": glosses, "active": active, "views": views, "aspects": aspects}

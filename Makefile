@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help env demo test slow lint types fashion-mnist extreme-data walkthrough experiments clean
+.PHONY: help env demo test slow lint types fashion-mnist extreme-data gloss-data walkthrough experiments clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -28,13 +28,16 @@ fashion-mnist: env  ## Fashion-MNIST from Debian's package (no root) into data/f
 extreme-data: env  ## Debian's tags and sections and WordNet's glosses (no root) into data/
 	@ci/extreme_data.sh
 
+gloss-data: env  ## WordNet's glosses with hypernyms as classes, and a sentence encoder's view of them, into data/
+	@ci/gloss_data.sh
+
 slow: env  ## the tests that `make test` leaves out: faults on clusters of several hosts, small trainings
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 walkthrough: env  ## the walk-through of cluster/README.md, on two hosts of this machine (root)
 	@$(BIN)/python ci/walkthrough.py
 
-experiments: env fashion-mnist extreme-data  ## the recorded experiments (long)
+experiments: env fashion-mnist extreme-data gloss-data  ## the recorded experiments (long)
 	@ci/experiments.sh
 
 clean:  ## remove the environment and caches; runs and data stay

@@ -69,6 +69,13 @@ def gain(values: Sequence[float], base: Sequence[float]) -> str:
     return f"{100 * statistics.mean(differences):+.1f} ({sum(d > 0 for d in differences)}/{len(differences)})"
 
 
+def paired(values: Sequence[float], base: Sequence[float]) -> str:
+    """`gain` with the paired t: mean of the differences over its standard error."""
+    differences = [a - b for a, b in zip(values, base, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{gain(values, base)[:-1]}, t {statistics.mean(differences) / error if error else 0.0:+.1f})"
+
+
 def table(head: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     names = list(head)

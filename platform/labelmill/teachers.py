@@ -92,6 +92,7 @@ class CachedTeacher(StrictModel):
 
     kind: Literal["cached"] = "cached"
     folder: str = Field(min_length=1, description="folder with outputs.json")
+    test: str = Field("", description="the same for the test set: the report then compares students with the teacher")
 
 
 class EncoderTeacher(_TeacherSection):

@@ -97,9 +97,11 @@ def test_a_student_in_the_registry_knows_its_teacher(data: Path, tmp_path: Path)
     assert version.parents == ("bars-teacher/1",)
     assert version.tags["labelmill.teacher_outputs"] == report.meta["teacher_outputs"]
     (outputs,) = (tmp_path / "kd-fashion" / "stages").glob("teach-[0-9a-f]*/outputs")
-    again = {"teacher": f"{{kind: cached, folder: {outputs}}}", "name": "again"}
+    (held,) = (tmp_path / "kd-fashion" / "stages").glob("teach-test-*/outputs")
+    again = {"teacher": f"{{kind: cached, folder: {outputs}, test: {held}}}", "name": "again"}
     alike = run("kd-fashion.yaml", data, tmp_path, **(taught | again))
-    assert alike.metrics["test/KD"] == report.metrics["test/KD"], "the same outputs, the same student"
+    for metric in ("test/KD", "test/teacher", "agreement/KD"):
+        assert alike.metrics[metric] == report.metrics[metric], "the same outputs, the same student"
     with pytest.raises(DataError, match="digest"):
         run("kd-fashion.yaml", data, tmp_path, **(taught | again | {"data.train": data / "test", "name": "stale"}))
 

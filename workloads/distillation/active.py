@@ -233,6 +233,8 @@ def active(job: ActiveJob, run: Run) -> None:
                 seed=job.seed,
                 augment=job.augment,
             )
+            if not number:
+                run.report.metrics["test/labelled only"] = accuracy_of(fit)
             if number == job.rounds:
                 break
             count = job.budget // job.rounds
@@ -286,12 +288,17 @@ def teacher_error(run: Run, train: Manifest, stage: Stage) -> float:
     return 1 - right / len(keys)
 
 
+def accuracy_of(fit: Stage) -> float:
+    """Of a student on the test set."""
+    table = Fitted(fit.folder).predictions("test")
+    return float((matrix_of(table, "class_id")[:, 0] == matrix_of(table, "label")[:, 0]).mean())
+
+
 def report_buyers(run: Run, fits: Mapping[str, Stage], answers: Mapping[str, Any], train: Manifest) -> None:
     """Accuracy of each buyer's student, and how many of the bought answers are right."""
     truth, rows, curves = labels_by_key(train), [], {}
     for name, fit in fits.items():
-        table = Fitted(fit.folder).predictions("test")
-        accuracy = float((matrix_of(table, "class_id")[:, 0] == matrix_of(table, "label")[:, 0]).mean())
+        accuracy = accuracy_of(fit)
         bought, told = answers[name]
         right = []
         for stage in told:

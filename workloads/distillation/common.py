@@ -151,14 +151,17 @@ def open_teacher(
     teacher is to be asked about these alone.
     """
     if isinstance(teacher, CachedTeacher):
-        kept = Outputs(teacher.folder)
-        kept.verify()
-        kept.check(train, classes=kept.info.num_classes > 0)
-        kept.check_logits()
+        kept, held = (Outputs(place) if place else None for place in (teacher.folder, teacher.test))
+        assert kept is not None
+        for outputs, data in ((kept, train), (held, test)):
+            if outputs is not None:
+                outputs.verify()
+                outputs.check(data, classes=outputs.info.num_classes > 0)
+                outputs.check_logits()
         place = TeacherPlace(
             outputs=str(Path(teacher.folder).resolve()), width=_width(kept), temperatures=kept.info.temperatures
         )
-        return Teacher(place, kept)
+        return Teacher(place, kept, held)
     package, reference, name, fit = None, "", "", None
     if isinstance(teacher, FittedTeacher):
         assert spec is not None

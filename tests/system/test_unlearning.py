@@ -255,7 +255,12 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     for wrong, error, message in (
         ({"request": {"kind": "ids", "file": "nowhere.txt"}}, JobError, "nowhere.txt: no such file"),
         ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 380 samples"),
-        ({"request": whole, "model": "blobs/3", "method": {"kind": "retrain"}}, JobError, "classes were removed"),
+        ({"request": whole, "model": "blobs/3"}, DataError, "has forgotten before"),
+        (
+            {"request": whole | {"ids": [2]}, "model": "blobs/3", "method": {"kind": "retrain"}},
+            JobError,
+            "classes were removed",
+        ),
         ({"request": by_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
         ({"request": by_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
     ):

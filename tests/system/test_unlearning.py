@@ -252,12 +252,19 @@ def test_from_a_request_to_the_audited_champion(tmp_path: Path) -> None:
     assert [load_selection(str(made / f"{name}.arrow")).samples for name in ("forget", "retain")] == [80, 300]
 
     # what can't be done is said before anything trains
+    other_user = {"kind": "where", "all": [{"field": "key", "glob": "user-3/*"}]}
     for wrong, error, message in (
         ({"request": {"kind": "ids", "file": "nowhere.txt"}}, JobError, "nowhere.txt: no such file"),
         ({"request": {"kind": "classes", "ids": [0, 1, 2, 3]}}, DataError, "all 380 samples"),
-        ({"request": whole, "model": "blobs/3", "method": {"kind": "retrain"}}, JobError, "classes were removed"),
-        ({"request": by_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
-        ({"request": by_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
+        ({"request": whole, "model": "blobs/3"}, DataError, "has forgotten before"),
+        (
+            {"request": whole | {"ids": [2]}, "model": "blobs/3", "method": {"kind": "retrain"}},
+            JobError,
+            "classes were removed",
+        ),
+        ({"request": other_user, "method": {"kind": "unsir"}}, JobError, "no class is forgotten whole"),
+        ({"request": by_user}, DataError, "has forgotten before"),
+        ({"request": other_user, "data": {"train": str(tmp_path / "test")}}, DataError, "not the train data"),
     ):
         with pytest.raises(error, match=message):
             run(tmp_path, job | {"name": "wrong"} | wrong)

@@ -169,9 +169,10 @@ def test_a_live_teacher_and_a_registered_student_with_a_dense_head(data: Path, t
         "samples": "150",
         "encoder": CNN,
         "arms": "{maps: {losses: [{loss: {kind: kd}}], features: [{kind: attention}, {kind: fitnet_maps, weight: 0.1}]}}",
-        "train": "{global_batch: 50, epochs: 8, learning_rate: 0.01}",
+        "train": "{global_batch: 50, epochs: 8, learning_rate: 0.01, evaluate_every: 8}",
     }
     report = run("kd-fashion.yaml", data, tmp_path, register_as="bars-dense", **job)
+    assert {"losses", "cross_entropy", "accuracy", "reliability"} <= set(report.figures)
     assert report.metrics["test/maps"] > 0.4
     assert report.tables["size and speed"].rows[-1][0] == "maps"
     (package,) = (tmp_path / "kd-fashion" / "stages").glob("register-*/model")

@@ -21,6 +21,7 @@ from labelmill.job import TrackingConfig
 from labelmill.teachers import TeacherModel
 from labelmill.tracking import registry
 from labelmill.tracking.model import load_model
+from workloads.distillation.active import check_gains
 
 JOBS = Path(__file__).resolve().parents[2] / "workloads" / "distillation" / "jobs"
 SIDE = 12
@@ -155,6 +156,19 @@ def test_the_other_methods(data: Path, tmp_path: Path, job: str) -> None:
     assert len(accuracies) >= 2
     assert min(accuracies.values()) > 0.4, accuracies
     assert not any(np.isnan(value) for value in report.metrics.values())
+
+
+def test_a_pool_is_apart_from_the_test_set_and_its_gains_are_numbers(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="would leak into the test"):
+        run(
+            "active-fashion.yaml",
+            data,
+            tmp_path,
+            **(OTHERS["active-fashion.yaml"] | {"data.test": str(data / "train")}),
+        )
+    gains = {"margin": np.array([0.1, -1e-3, np.nan])}
+    with pytest.raises(DataError, match="margin is negative or not finite for 2 samples of the pool: 'b', 'c'"):
+        check_gains(gains, np.array(["a", "b", "c"]))
 
 
 def test_kept_outputs_do_not_go_with_augmentation(data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from labelmill.job import TrackingConfig
 from labelmill.teachers import TeacherModel
 from labelmill.tracking import registry
 from labelmill.tracking.model import load_model
+from workloads.distillation.active import check_gains
 
 JOBS = Path(__file__).resolve().parents[2] / "workloads" / "distillation" / "jobs"
 SIDE = 12
@@ -159,6 +160,19 @@ def test_the_other_methods(data: Path, tmp_path: Path, job: str) -> None:
     assert not any(np.isnan(value) for value in report.metrics.values())
 
 
+def test_a_pool_is_apart_from_the_test_set_and_its_gains_are_numbers(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="would leak into the test"):
+        run(
+            "active-fashion.yaml",
+            data,
+            tmp_path,
+            **(OTHERS["active-fashion.yaml"] | {"data.test": str(data / "train")}),
+        )
+    gains = {"margin": np.array([0.1, -1e-3, np.nan])}
+    with pytest.raises(DataError, match="margin is negative or not finite for 2 samples of the pool: 'b', 'c'"):
+        check_gains(gains, np.array(["a", "b", "c"]))
+
+
 def test_kept_outputs_do_not_go_with_augmentation(data: Path, tmp_path: Path) -> None:
     shifted = CNN[:-1] + ", augment: {shift: 2}}"
     with pytest.raises(JobError, match=r"set teacher\.live to true, or augment to false"):
@@ -171,9 +185,10 @@ def test_a_live_teacher_and_a_registered_student_with_a_dense_head(data: Path, t
         "samples": "150",
         "encoder": CNN,
         "arms": "{maps: {losses: [{loss: {kind: kd}}], features: [{kind: attention}, {kind: fitnet_maps, weight: 0.1}]}}",
-        "train": "{global_batch: 50, epochs: 8, learning_rate: 0.01}",
+        "train": "{global_batch: 50, epochs: 8, learning_rate: 0.01, evaluate_every: 8}",
     }
     report = run("kd-fashion.yaml", data, tmp_path, register_as="bars-dense", **job)
+    assert {"losses", "cross_entropy", "accuracy", "reliability"} <= set(report.figures)
     assert report.metrics["test/maps"] > 0.4
     assert report.tables["size and speed"].rows[-1][0] == "maps"
     (package,) = (tmp_path / "kd-fashion" / "stages").glob("register-*/model")

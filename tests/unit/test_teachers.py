@@ -168,8 +168,10 @@ def test_values_that_cannot_be_used_are_named_by_key(tmp_path: Path) -> None:
         check_logits(torch.softmax(torch.randn(5, 4), 1))
     check_logits(torch.randn(5, 4))
     Outputs(kept.folder).check_logits()
-    soft = torch.softmax(torch.randn(len(keys), 3), 1).numpy()
-    write_outputs(outputs_file(kept.folder, 0), keys, np.ones(len(keys), bool), {"logits": soft})
+    for i in range(len(data.shards)):
+        names = pa.ipc.open_file(outputs_file(kept.folder, i)).read_all().column("key").to_pylist()
+        soft = torch.softmax(torch.randn(len(names), 3), 1).numpy()
+        write_outputs(outputs_file(kept.folder, i), names, np.ones(len(names), bool), {"logits": soft})
     finish_outputs(kept.folder, kept.info.model_copy(update={"files": {}}))
     with pytest.raises(DataError, match="look like probabilities"):
         Outputs(kept.folder).check_logits()

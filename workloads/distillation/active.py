@@ -162,6 +162,7 @@ def buy(
     known = {key for stage in bought for key in stage["keys"]}
     left = np.array([key not in known for key in keys])
     keys, columns = keys[left], {n: matrix_of(table, n)[left, 0] for n in ("margin", "entropy", "least_confident")}
+    check_gains(columns, keys)
     rng = np.random.default_rng([seed, len(bought)])
     facts: dict[str, Any] = {}
     if buyer.kind == "robust":
@@ -182,6 +183,18 @@ def buy(
     return {"keys": sorted(chosen)} | facts
 
 
+def check_gains(gains: Mapping[str, np.ndarray], keys: np.ndarray) -> None:
+    """Raises DataError for samples whose gain is negative or not finite, by key: the student has diverged."""
+    for name, gain in gains.items():
+        wrong = ~np.isfinite(gain) | (gain < 0)
+        if wrong.any():
+            shown = ", ".join(map(repr, keys[wrong][:5].tolist()))
+            raise DataError(
+                f"{name} is negative or not finite for {int(wrong.sum())} samples of the pool: {shown}. Lower "
+                "train.learning_rate."
+            )
+
+
 @workload("distillation.active", ActiveJob)
 def active(job: ActiveJob, run: Run) -> None:
     train, test = job.data.open()
@@ -189,6 +202,8 @@ def active(job: ActiveJob, run: Run) -> None:
         raise JobError(f"{job.workload} takes a single label a sample; {train.name!r} has {train.label.form}.")
     if job.data.select or job.data.mix:
         raise JobError("distillation.active draws its own samples: leave data.select and data.mix out.")
+    if train.digest == test.digest:
+        raise JobError("data.train and data.test are the same set: the pool's answers would leak into the test.")
     folder = run.folder / "data"
     sizes = {"labelled": job.labelled, "pool": job.pool, "validation": job.validation}
     if job.teacher.samples:

@@ -218,8 +218,9 @@ def fit_student(
     config: TrainConfig,
     seed: int,
     augment: bool,
+    evaluate: AnySpec | None = None,
 ) -> dict[str, Any]:
-    """Stage: one student."""
+    """Stage: one student. `evaluate` holds the samples that `train.evaluate_every` judges it by meanwhile."""
     assert train.label.num_classes is not None
     if arm.learning_rate:
         config = config.model_copy(update={"learning_rate": arm.learning_rate})
@@ -239,7 +240,8 @@ def fit_student(
         step_samples=config.global_batch // config.accumulation,
         log_every=config.log_every,
     )
-    return {"seconds": run.fit(folder, objective, train, config, predict, augment, seed=seed).seconds}
+    fitted = run.fit(folder, objective, train, config, predict, augment, seed=seed, evaluate=evaluate)
+    return {"seconds": fitted.seconds}
 
 
 # --- report ------------------------------------------------------------------------------------------------------
@@ -325,17 +327,19 @@ def add_row(
 
 def _report_curves(run: Run, fits: Mapping[str, Stage], teacher: Teacher | None) -> None:
     """Training losses, and what of them can be compared: cross-entropy on the labels, the teacher's own beside it."""
-    curves, labels = {}, {}
+    curves, labels, held = {}, {}, {}
     if teacher and teacher.fit:
         labels["teacher"] = _curve(Fitted(teacher.fit.folder).history, "train/loss")
     for name, fit in fits.items():
         history = Fitted(fit.folder).history
         curves[name], labels[name] = _curve(history, "train/loss"), _curve(history, "train/ce")
+        held[name] = _curve(history, "eval/top1")
         report_training(run, Fitted(fit.folder), fit["seconds"], name, drawn=False)
         run.report_data_health(Fitted(fit.folder))
     for figure, series, title in (
         ("losses", curves, "training loss, each arm's own"),
         ("cross_entropy", labels, "cross-entropy on training labels"),
+        ("accuracy", held, "accuracy on test samples"),  # of train.evaluate_every
     ):
         some = {name: curve for name, curve in series.items() if curve[0]}
         if some:

@@ -116,6 +116,8 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
     look: Callable[..., StreamSpec] = partial(
         job.data.stream, global_batch=job.eval_batch, shuffle=False, **input_options(job.encoder, job.seed)
     )
+    # without it, earlier runs' stages keep their key
+    meanwhile = {"evaluate": look(test)} if job.train.evaluate_every else {}
     fits = {
         name: run.stage(
             f"fit-{name}".lower().replace(" ", "-").replace("/", "-"),
@@ -129,6 +131,7 @@ def distill(job: DistillJob, run: Run) -> tuple[dict[str, Stage], Teacher, Manif
             config=job.train,
             seed=job.seed,
             augment=job.augment,
+            **meanwhile,
         )
         for name, arm in job.arms.items()
     }

@@ -335,6 +335,11 @@ class Student(Objective):
     # --- prediction: the main head alone ---------------------------------------------------------------------
 
     @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.predict(batch)
+        return {"top1": found["class_id"][:, 0] == found["label"]}
+
+    @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         emb_BD, label_B = self.encoder(batch.inputs["student"]), batch.labels.ids_BP[:, 0]
         keep = self.num_classes <= KEEP_LOGITS

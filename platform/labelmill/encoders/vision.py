@@ -153,6 +153,7 @@ class SmallCnn(ImageEncoder):
     def maps(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """See `Encoder.maps`: what each stage ends with."""
         assert isinstance(self.config, SmallCnnConfig)
+        assert isinstance(prepared, torch.Tensor)
         found, features = [], prepared
         for number, layer in enumerate(self.body):
             features = layer(features)

@@ -61,11 +61,13 @@ def tuned(
     arms: Mapping[str, Sequence[Setting]],
     rates: Iterable[float],
     judged: Mapping[str, str] | None = None,
+    share: str = "",
     **more: Any,
 ) -> dict[str, Setting]:
     """The best settings of each arm: the learning rate with its first ones, then the others at that rate.
 
-    `judged` names the metric of arms that aren't judged by `test`.
+    `judged` names the metric of arms that aren't judged by `test`. `share` is a field of `train` that the first arm has chosen
+    and the others try as well, at their best settings.
     """
 
     def look(name: str, tried: Mapping[str, Mapping[str, Setting]]) -> dict[str, dict[str, float]]:
@@ -89,7 +91,14 @@ def tuned(
         for arm, values in look("settings", others).items():
             found[arm] |= values
             tried[arm] |= others[arm]
-    return {arm: tried[arm][best(found[arm])] for arm in arms}
+    chosen = {arm: tried[arm][best(found[arm])] for arm in arms}
+    first, *rest = chosen
+    if share in chosen[first]["train"]:
+        value = {share: chosen[first]["train"][share]}
+        again = {arm: {"shared": chosen[arm] | {"train": chosen[arm]["train"] | value}} for arm in rest}
+        for arm, values in look("shared", again).items():
+            chosen[arm] = (again[arm] | tried[arm])[best(found[arm] | values)]
+    return chosen
 
 
 def shown(setting: Setting) -> str:
@@ -181,6 +190,7 @@ def compared(
     arms: Mapping[str, Sequence[Setting]],
     rates: Iterable[float],
     seeds: Sequence[int],
+    share: str = "",
     **base: Any,
 ) -> None:
     """Arms at their best against plain training, one registered teacher for all of them.
@@ -202,7 +212,7 @@ def compared(
         return run(job, name, **base, **more)
 
     accuracy: dict[str, float] = {}
-    chosen = tuned(go, study, arms, rates, teacher=kept("dev"), data__test=parts["dev"])
+    chosen = tuned(go, study, arms, rates, share=share, teacher=kept("dev"), data__test=parts["dev"])
     if "KD" in chosen:  # and with the outputs of other samples at the same settings
         chosen = {**chosen, "as KD, shuffled": chosen["KD"] | {"shuffled": True}}
     final = kept("test")
@@ -264,7 +274,7 @@ def glosses() -> None:
     """Character n-grams that know 6,000 glosses, taught by a sentence encoder."""
     parts = {"students": GLOSSES / "student", "dev": GLOSSES / "dev", "test": GLOSSES / "test"}
     run("distillation/jobs/teacher-glosses.yaml", "distillation-gloss-teacher", train__log_every=100)
-    base = {"samples": 6000, "train__zero_stage": 0, "train__log_every": 100}
+    base = {"share": "weight_decay", "samples": 6000, "train__zero_stage": 0, "train__log_every": 100}
     rates = (0.01, 0.03)
     compared("glosses", "distillation/jobs/kd-glosses.yaml", "gloss-teacher", parts, MANY, rates, SEEDS, **base)
 

@@ -12,8 +12,5 @@ OMP_NUM_THREADS=1 $bin/python ci/experiments/noisy.py
 for experiment in losses parametric negatives spherical tables; do
   $bin/python ci/experiments/extreme.py "$experiment"
 done
-# unlearning: three seeds in each job, tables with intervals in the report
-for task in class random noisy; do
-  $bin/labelmill run "workloads/unlearning/jobs/$task-fashion.yaml"
-done
+OMP_NUM_THREADS=1 $bin/python ci/experiments/unlearning.py
 OMP_NUM_THREADS=1 $bin/python ci/experiments/distillation.py

@@ -51,11 +51,15 @@ def ray_session(ray_storage: FaultServer) -> Iterator[None]:
 @pytest.fixture
 def make_text_data(tmp_path: Path) -> Callable[..., object]:
     """Writes a packed text data set with single labels: sample i has text `word-i` and label i mod classes."""
+    import pyarrow as pa
+
     from labelmill.data.labels import LabelSpec
     from labelmill.data.manifest import FieldSpec
     from labelmill.data.writer import ShardWriter
 
-    def make(samples: int, per_shard: int, classes: int = 7, name: str = "texts") -> object:
+    def make(
+        samples: int, per_shard: int, classes: int = 7, name: str = "texts", named: tuple[str, ...] = ()
+    ) -> object:
         fields = {"text": FieldSpec(kind="text", ext="txt")}
         label = LabelSpec(form="single", num_classes=classes)
         with ShardWriter(
@@ -63,6 +67,6 @@ def make_text_data(tmp_path: Path) -> Callable[..., object]:
         ) as writer:
             for i in range(samples):
                 writer.write(f"s{i:05d}", {"text": f"word-{i}"}, {"label": i % classes})
-            return writer.close()
+            return writer.close(pa.table({"name": named}) if named else None)
 
     return make

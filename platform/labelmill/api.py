@@ -68,7 +68,7 @@ def run(
 
     set_environment()
     method, job = load_job(job_file, list(overrides))
-    from labelmill.run import execute
+    from labelmill.execution import execute
 
     return execute(job, method.run, fresh=fresh, console=console, profile=profile)
 

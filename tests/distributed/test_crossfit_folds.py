@@ -16,9 +16,10 @@ from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec, Manifest, load_manifest
 from labelmill.data.writer import ShardWriter
 from labelmill.encoders import CharNgramsConfig
+from labelmill.execution import execute
 from labelmill.job import ClusterConfig, TrackingConfig
 from labelmill.losses.classification import Softmax
-from labelmill.run import Run, execute
+from labelmill.run import Run
 from labelmill.training.attempts import read_attempts
 from labelmill.training.config import TrainConfig, TrainJob
 from workloads.noisy.ldr import RobustClassifier

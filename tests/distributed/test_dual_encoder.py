@@ -21,11 +21,11 @@ from labelmill.data.manifest import Manifest, load_manifest
 from labelmill.data.stream import Batch
 from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import DataError, JobError
+from labelmill.execution import execute
 from labelmill.heads.ranks import Ranks
 from labelmill.host import Host
 from labelmill.losses.classification import dense_loss
 from labelmill.losses.retrieval import DecoupledSection, SoftmaxSection
-from labelmill.run import execute
 from labelmill.training.inprocess import fit_here
 from labelmill.training.local import spawn
 from workloads.extreme.dual_encoder import DualEncoderJob, check_label_space, dual_encoder

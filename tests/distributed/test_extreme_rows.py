@@ -18,12 +18,12 @@ from labelmill.data.extreme import label_lists, write_multi_label
 from labelmill.data.labels import Labels, LabelSpec
 from labelmill.data.stream import Batch
 from labelmill.encoders import CharNgramsConfig
+from labelmill.execution import execute
 from labelmill.heads.config import HeadConfig
 from labelmill.heads.sharded import ShardedHead
 from labelmill.host import Host
 from labelmill.losses.classification import Decoupled, Softmax, dense_loss
 from labelmill.losses.margins import CosFace
-from labelmill.run import execute
 from labelmill.training.inprocess import fit_here
 from workloads.extreme.mlcd import MlcdJob, mlcd
 from workloads.extreme.partial_fc import PartialFCJob, partial_fc

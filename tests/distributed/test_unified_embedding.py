@@ -28,10 +28,10 @@ from labelmill.data.labels import LabelSpec
 from labelmill.data.manifest import FieldSpec
 from labelmill.data.writer import ShardWriter
 from labelmill.errors import DataError
+from labelmill.execution import execute
 from labelmill.heads.optim import SGD
 from labelmill.heads.table import ShardedTable
 from labelmill.host import Host
-from labelmill.run import execute
 from labelmill.training.inprocess import fit_here
 from labelmill.training.local import spawn
 from workloads.extreme.unified_embedding import UnifiedJob, macro_f1, unified_embedding

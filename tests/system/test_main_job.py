@@ -177,7 +177,7 @@ def test_mlcd_stages_on_images(tmp_path: Path, ray_session: None) -> None:
     }
     report, text = run(write_job(tmp_path, job), tmp_path / "runs")
     for name in ("mlcd", "cross_entropy", "untrained"):
-        assert 0.3 < report.metrics[f"probe/{name}"] <= 1.0
+        assert 0.3 < report.metrics[f"test/probe/{name}"] <= 1.0
     assert {"neighbours", "cosines", "MLCD_loss"} <= set(report.figures)
     assert report.metrics["cosine/mlcd/positive"] > report.metrics["cosine/mlcd/negative"]
     assert "registered bars version 1" in text

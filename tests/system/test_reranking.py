@@ -21,9 +21,9 @@ from labelmill.data.writer import ShardWriter
 from labelmill.encoders import build_encoder
 from labelmill.encoders.linear import LinearProjection
 from labelmill.errors import DataError, JobError
+from labelmill.execution import execute
 from labelmill.heads.storage import save_range
 from labelmill.job import TrackingConfig, validate_job
-from labelmill.run import execute
 from labelmill.tracking import registry
 from labelmill.tracking.model import write_model
 from labelmill.tracking.report import Report

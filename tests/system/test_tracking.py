@@ -34,10 +34,10 @@ from labelmill.data.manifest import FieldSpec
 from labelmill.data.writer import ShardWriter
 from labelmill.encoders import build_encoder
 from labelmill.errors import DataError, TrackingError
+from labelmill.execution import execute
 from labelmill.heads.storage import save_range
 from labelmill.host import Host
 from labelmill.job import TrackingConfig
-from labelmill.run import execute
 from labelmill.tracking import registry
 from labelmill.tracking.config import Store, client_env
 from labelmill.tracking.model import write_model

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from labelmill.data.config import StreamConfig
 from labelmill.data.deletion import (
+    REQUEST,
     ClassesRequest,
     Condition,
     IdsRequest,
@@ -92,6 +93,18 @@ def test_a_class_and_what_is_gone_with_it(make_text_data: Make, tmp_path: Path) 
         resolve(ClassesRequest(ids=(9,)), data)
     with pytest.raises(DataError, match="class 1 is listed twice"):
         resolve(ClassesRequest(ids=(1, 1)), data)
+
+
+def test_classes_by_name(make_text_data: Make, tmp_path: Path) -> None:
+    data = make_text_data(12, 5, classes=3, named=("ant", "bee", "3"))
+    found = resolve(ClassesRequest(ids=("3", 0)), data)
+    assert found.classes == (0, 2)
+    found.save(tmp_path, data)
+    assert json.loads((tmp_path / REQUEST).read_text())["classes"] == [2, 0]
+    with pytest.raises(DataError, match=r"no class 'bea'. Did you mean 'bee'"):
+        resolve(ClassesRequest(ids=("bea",)), data)
+    with pytest.raises(DataError, match="class 0 is listed twice"):
+        resolve(ClassesRequest(ids=("ant", 0)), data)
 
 
 def test_bad_requests_are_refused_by_name(make_text_data: Make, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from labelmill.data.importers import import_table
 from labelmill.data.manifest import Manifest
 from labelmill.encoders import CharNgramsConfig
 from labelmill.errors import JobError
+from labelmill.execution import execute
 from labelmill.heads.config import HeadConfig
 from labelmill.job import ClusterConfig, TrackingConfig, validate_section
 from labelmill.losses.classification import MultiSoftmax, Softmax
-from labelmill.run import Run, execute
+from labelmill.run import Run
 from labelmill.stages import Fitted
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.training.objective import Objective

@@ -15,8 +15,9 @@ from labelmill.data.config import DataConfig
 from labelmill.data.manifest import Manifest
 from labelmill.data.spec import MixedSpec, StreamSpec
 from labelmill.errors import UserError
+from labelmill.execution import execute
 from labelmill.job import Job, TrackingConfig, validate_job
-from labelmill.run import Run, execute
+from labelmill.run import Run
 from labelmill.stages import Fitted, fingerprint, stage_key
 from labelmill.workload import find_workload
 

@@ -187,7 +187,7 @@ def class_labels(data: Manifest) -> np.ndarray:
     return np.concatenate([read_shard(data, i).column("label").to_numpy() for i in range(len(data.shards))])
 
 
-@workload("discrimination.mlcd", MlcdJob, metrics=("probe/mlcd", "knn/mlcd", "MLCD_train/final_loss"))
+@workload("discrimination.mlcd", MlcdJob, metrics=("test/probe/mlcd", "test/knn/mlcd", "MLCD_train/final_loss"))
 def mlcd(job: MlcdJob, run: Run) -> None:
     train, test = job.data.open()
     run.track_data(train=train, test=test)
@@ -253,7 +253,7 @@ def report_encoders(
             train_emb[a], torch.from_numpy(train_y[a]), test_emb[b], torch.from_numpy(test_y[b]), k=job.probe.neighbours
         )
         key = name.lower().replace("-", "_")
-        run.report.metrics |= {f"probe/{key}": probe.accuracy, f"knn/{key}": knn}
+        run.report.metrics |= {f"test/probe/{key}": probe.accuracy, f"test/knn/{key}": knn}
         rows.append([name, f"{100 * probe.accuracy:.2f} ± {50 * (probe.high - probe.low):.2f}", f"{100 * knn:.2f}"])
         if name == "MLCD":
             show_neighbours(run, job, train, test, train_emb, test_emb)

@@ -28,8 +28,9 @@ from labelmill.errors import DataError, JobError
 from labelmill.evaluation.calibration import reliability
 from labelmill.evaluation.groups import wilson_interval
 from labelmill.heads.config import HeadConfig
+from labelmill.packaging import build_package
 from labelmill.reporting import report_training
-from labelmill.run import Run, build_package
+from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.teachers import (
     CachedTeacher,

@@ -22,7 +22,8 @@ from labelmill.encoders import EncoderConfig
 from labelmill.errors import JobError
 from labelmill.heads.config import HeadConfig
 from labelmill.losses.distillation import KD
-from labelmill.run import Run, build_package
+from labelmill.packaging import build_package
+from labelmill.run import Run
 from labelmill.stages import Fitted, Stage
 from labelmill.teachers import FittedTeacher, TeacherConfig
 from labelmill.training.config import TrainJob

@@ -132,13 +132,26 @@ class ClassesRequest(StrictModel):
     """Every sample with one of these classes."""
 
     kind: Literal["classes"] = "classes"
-    ids: tuple[int, ...] = Field(min_length=1, description="class ids")
+    ids: tuple[int | str, ...] = Field(min_length=1, description="class ids, or names of classes")
+
+    def class_ids(self, manifest: Manifest) -> tuple[int, ...]:
+        """The ids, names looked up in the label space of the data set."""
+        named = any(isinstance(wanted, str) for wanted in self.ids)
+        names = manifest.load_classes()["name"].to_pylist() if named else []
+        found: list[int] = []
+        for wanted in self.ids:
+            if isinstance(wanted, str) and wanted not in names:
+                raise DataError(
+                    f"request.ids: data set {manifest.name!r} has no class {wanted!r}.{did_you_mean(wanted, names)}"
+                )
+            at = names.index(wanted) if isinstance(wanted, str) else wanted
+            if at in found:
+                raise DataError(f"request.ids: class {wanted} is listed twice.")
+            found.append(at)
+        return tuple(found)
 
     def forget(self, manifest: Manifest) -> KeepRows:
-        if len(set(self.ids)) < len(self.ids):
-            twice = next(i for i in self.ids if self.ids.count(i) > 1)
-            raise DataError(f"request.ids: class {twice} is listed twice.")
-        return choose.keep_classes(manifest, self.ids)
+        return choose.keep_classes(manifest, self.class_ids(manifest))
 
 
 RequestConfig = Annotated[IdsRequest | WhereRequest | ClassesRequest, Field(discriminator="kind")]
@@ -190,7 +203,7 @@ class Deletion:
             "kind": self.request.kind,
             "samples": self.forget.samples,
             "of": manifest.num_samples,
-            "classes": list(self.request.ids) if isinstance(self.request, ClassesRequest) else None,
+            "classes": list(self.request.class_ids(manifest)) if isinstance(self.request, ClassesRequest) else None,
             "data": self.data,
             "salt": salt,
             "leaves": hashlib.sha256(leaves).hexdigest(),

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from labelmill.tracking.model import ModelSpec, Predictor, load_model, read_spec
 JOB, SUMMARY = "job.json", "predictions.json"
 _NOTE = b"labelmill.part"
 _OLD_S = 3600.0  # a temporary file that nobody has written to for so long was left by a killed process
+_SIDE_BY_SIDE = 2  # shards that an actor has at once: one is read, decoded or written while the model has another
 _NAMED = 1000  # bad samples that a part names
 
 Progress = Callable[[float, float, float, str], None]
@@ -103,14 +105,19 @@ def part_name(shard: int) -> str:
 # --- one shard ------------------------------------------------------------------------------------------------
 
 
-def predict_shard(predictor: Predictor, task: Task, shard: int) -> Part:
-    """Writes a shard's part. Raises DataError for damaged data, or more bad samples than the job allows."""
+def predict_shard(
+    predictor: Predictor, task: Task, shard: int, alone: AbstractContextManager[object] | None = None
+) -> Part:
+    """Writes a shard's part; `alone` is held while the model computes, so that other shards are read meanwhile.
+
+    Raises DataError for damaged data, or more bad samples than the job allows.
+    """
     info = task.manifest.shards[shard]
     rows, problems, bad = 0, list[tuple[str, str]](), 0
     with store.open_write(task.part(shard)) as file:
         writer: pq.ParquetWriter | None = None
         for table in _blocks(task, shard):
-            answers, holes = _answers(predictor, task, table)
+            answers, holes = _answers(predictor, task, table, alone or nullcontext())
             bad += len(holes)
             problems += holes[: _NAMED - len(problems)]
             if bad > task.max_bad:
@@ -146,7 +153,9 @@ def _blocks(task: Task, shard: int) -> Iterator[pa.Table]:
     return read_blocks(WindowRead(one, task.field, zeros, np.arange(rows), 0, block, reading))
 
 
-def _answers(predictor: Predictor, task: Task, table: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
+def _answers(
+    predictor: Predictor, task: Task, table: pa.Table, alone: AbstractContextManager[object]
+) -> tuple[pa.Table, list[tuple[str, str]]]:
     """The part's rows of a block, and its bad samples (key, reason)."""
     config, keys = predictor.spec.encoder, table.column("key").to_pylist()
     size, channels = config.get("image_size"), config.get("channels", 3)
@@ -157,7 +166,8 @@ def _answers(predictor: Predictor, task: Task, table: pa.Table) -> tuple[pa.Tabl
     bad = [(k, r) for k, r in zip(keys, holes.to_pylist(), strict=True) if r is not None] + bad
     sound = np.flatnonzero(valid_B)
     values = raw[sound] if isinstance(raw, np.ndarray) else [raw[i] for i in sound.tolist()]
-    found = predictor.predict(values, task.k)
+    with alone:
+        found = predictor.predict(values, task.k)
     reasons = dict(bad)
     place = np.full(len(keys), -1, np.int64)
     place[sound] = np.arange(len(sound))
@@ -180,7 +190,7 @@ def _by_input(found: pa.Table, inputs: int) -> dict[str, pa.Array]:
 
 
 class ShardPredictor:
-    """Ray Data's worker: opens the model once, then predicts shards."""
+    """Ray Data's worker: opens the model once, then predicts shards; reads the next one while the model has one."""
 
     def __init__(self, task: Task, config: TrackingConfig, output: str, threads: int, device: str) -> None:
         import torch
@@ -189,14 +199,14 @@ class ShardPredictor:
 
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self._task = task
+        self._task, self._alone = task, threading.Lock()
         self._predictor = load_model(fetch_package(config, output, task.model)[1], device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
         for shard in batch["shard"]:
             try:
-                found.append({"part": asdict(predict_shard(self._predictor, self._task, int(shard)))})
+                found.append({"part": asdict(predict_shard(self._predictor, self._task, int(shard), self._alone))})
             except UserError as error:  # Ray Data would wrap it until nobody can tell what it was
                 found.append({"error": str(error)})
         return {"found": [json.dumps(one) for one in found]}
@@ -305,7 +315,12 @@ def _run(
         batch_size=1,
         num_cpus=cluster.cpus_per_worker,
         num_gpus=gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(shards)), max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(cluster.workers, len(shards)),
+            max_tasks_in_flight_per_actor=_SIDE_BY_SIDE,
+            max_concurrent_calls_per_actor=_SIDE_BY_SIDE,
+            enable_true_multi_threading=True,
+        ),
     )
     for row in parts.iter_rows():
         found = json.loads(row["found"])

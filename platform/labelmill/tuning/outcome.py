@@ -186,7 +186,7 @@ def _report_best(report: Report, folder: SearchFolder, job: Job, best: Record) -
 
 def _register(folder: SearchFolder, job: Job, best: Record, console: Console) -> str:
     """Runs the best trial's job again with `register_as`: all its stages are kept, the registration is what is new."""
-    from labelmill.run import execute
+    from labelmill.execution import execute
 
     in_process = bool(folder.state["in_process"])
     settings = trial_settings(folder, best.values, best.name, in_process) | {"register_as": job.register_as}

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from labelmill.errors import UserError
+from labelmill.execution import locked
 from labelmill.job import Job, read_job_file, resolved
-from labelmill.run import locked
 from labelmill.stages import write_json
 from labelmill.tracking.report import Report
 from labelmill.tracking.run import Tracker

@@ -217,7 +217,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def _run(folder: SearchFolder, name: str, values: dict[str, Any], pointer: Pointer | None) -> None:
-    from labelmill.run import execute
+    from labelmill.execution import execute
     from labelmill.training import passes
     from labelmill.training.inprocess import fit_here
 

@@ -301,7 +301,7 @@ def reliability_panels(systems: Mapping[str, tuple[np.ndarray, np.ndarray, np.nd
     """
     columns = min(4, max(1, len(systems)))
     rows = -(-len(systems) // columns)
-    figure = _figure(1.9 * rows + 0.5)
+    figure = _figure(2.25 * rows + 0.5)  # square panels with their titles
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.ravel()[len(systems) :]:
         axes.set_axis_off()

@@ -148,7 +148,7 @@ def negatives(options: argparse.Namespace, kept: Kept) -> str:
 
 
 def spherical(options: argparse.Namespace, kept: Kept) -> str:
-    texts, steps = Texts("data/wordnet-words", 256, options), 10 * options.steps
+    texts, steps = Texts("data/wordnet-words", 256, options), 5 * options.steps
 
     def z(trial: Trial, seed: int) -> Objective:
         loss = ZLoss(a=trial["a"], b=trial["b"])
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of losses (10), parametric (4) and tables (6)")
-    parser.add_argument("--steps", type=int, default=30, help="of negatives; of spherical ten times as many")
+    parser.add_argument("--steps", type=int, default=60, help="of negatives; of spherical five times as many")
     parser.add_argument("--buckets", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.1, 0.02])

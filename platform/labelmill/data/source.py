@@ -23,6 +23,7 @@ log = logging.getLogger("labelmill")
 _STEPS_A_CALL = 8  # at most; handed over early they take memory, so only while they are small
 _BYTES_A_CALL = 1 << 20
 _TRIES = 6  # of a hand-over, when the coordinator or a host with blocks is lost
+_WAITS = 120  # seconds for a coordinator that starts again
 
 
 class BatchSource(Protocol):
@@ -105,7 +106,8 @@ class RaySource:
         if step >= self._spec.steps:
             return None
         lost = (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError)
-        for attempt in range(_TRIES):
+        times, waits = 0, 0
+        while True:
             try:
                 if not self._handed or step != self._next - len(self._handed):
                     self._request(step)
@@ -113,16 +115,20 @@ class RaySource:
                 self._handed.popleft()
                 return found
             except lost as error:
-                reason = error
+                # a coordinator that starts again is only waited for: on a busy host that takes its time
+                starting = isinstance(error, exceptions.ActorUnavailableError)
+                times, waits = times + (not starting), waits + starting
+                if times == _TRIES or waits == _WAITS:
+                    raise DataError(
+                        f"data set {self._spec.name!r}: batch {step} was lost {times} times on its way to rank "
+                        f"{self._rank}, and its coordinator was away for {waits} s ({type(error).__name__}: {error}). Are "
+                        "hosts being lost, or is a read task killed for its memory? A smaller data.window or data.readers "
+                        "needs less."
+                    ) from error
                 log.warning("stream %s: a hand-over was lost (%s); asking again", self._spec.name, type(error).__name__)
                 self._handed.clear()
                 self._blocks.clear()
-                time.sleep(0.2 * 2**attempt)
-        raise DataError(
-            f"data set {self._spec.name!r}: batch {step} was lost {_TRIES} times on its way to rank {self._rank} "
-            f"({type(reason).__name__}: {reason}). Are hosts being lost, or is a read task killed for its memory? "
-            "A smaller data.window or data.readers needs less."
-        )
+                time.sleep(1.0 if starting else 0.2 * 2**times)
 
     def _request(self, step: int) -> None:
         spec = self._spec

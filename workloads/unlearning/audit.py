@@ -133,7 +133,7 @@ def probe_version(
     run: Run,
     folder: Path,
     version: Stage,
-    sets: dict[str, StreamSpec],
+    sets: Mapping[str, StreamSpec],
     config: TrainConfig,
     random: bool = False,
     package: str | None = None,
@@ -154,6 +154,25 @@ def answers_of(folder: Path, name: str) -> Said:
     label_N, class_id_NK = table.column("label").to_numpy(), matrix("class_id")
     found = Answers(label_N, table.column("given").to_numpy().astype(np.float64), matrix("prob").astype(np.float64))
     return Said(found, class_id_NK, class_id_NK[:, 0] == label_N, table.column("key").to_pylist())
+
+
+def ask(
+    run: Run, name: str, version: Stage, sets: Mapping[str, StreamSpec], config: TrainConfig, **options: Any
+) -> dict[str, Said]:
+    """A version's answers about each set, kept by the stage `probe-<name>`; `options`: see `probe_version`."""
+    stage = run.stage(f"probe-{name}", probe_version, version=version, sets=sets, config=config, **options)
+    return {part: answers_of(stage.folder, part) for part in sets}
+
+
+def ask_all(
+    run: Run, versions: Mapping[str, Stage], sets: Mapping[str, StreamSpec], config: TrainConfig, suffix: str = ""
+) -> dict[str, dict[str, Said]]:
+    """The answers of all versions, and of `random`: the first one's network with fresh weights."""
+    first = next(iter(versions.values()))
+    return {
+        name: ask(run, f"{file_name(name)}{suffix}", version, sets, config, random=name == "random")
+        for name, version in {**versions, "random": first}.items()
+    }
 
 
 def part_of(spec: StreamSpec, most: int, seed: int = 0) -> StreamSpec:

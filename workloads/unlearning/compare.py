@@ -25,7 +25,7 @@ from labelmill.stages import Stage
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.unlearning import audit as audits
-from workloads.unlearning.audit import AuditSection, answers_of, probe_version
+from workloads.unlearning.audit import AuditSection
 from workloads.unlearning.methods import MethodConfig, Retrain
 from workloads.unlearning.shadows import ShadowPart, shadow_attacks, train_shadow
 from workloads.unlearning.task import TaskConfig, fit_original, task_of
@@ -127,17 +127,7 @@ def compare_seed(job: CompareJob, run: Run, train: Manifest, test: Manifest, see
             )
         except FloatingPointError as error:
             run.progress.line(f"{name}: diverged: {error}")
-    said: dict[str, dict[str, Any]] = {}
-    for name, version in {**versions, "random": original}.items():
-        stage = run.stage(
-            f"probe-{audits.file_name(name)}-s{seed}",
-            probe_version,
-            version=version,
-            sets=sets,
-            config=job.budget,
-            random=name == "random",
-        )
-        said[name] = {part: answers_of(stage.folder, part) for part in sets}
+    said = audits.ask_all(run, versions, sets, job.budget, f"-s{seed}")
     count, out = train.label.num_classes or 0, {}
     for name, version in versions.items():
         values = audits.audit(said[name], classes, job.audit, count, said["retrain"], said["random"])

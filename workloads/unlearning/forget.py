@@ -35,7 +35,7 @@ from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import image_options
 from workloads.unlearning import audit as audits
-from workloads.unlearning.audit import AuditSection, answers_of, probe_version
+from workloads.unlearning.audit import AuditSection
 from workloads.unlearning.compare import COLUMNS
 from workloads.unlearning.laf import LafConfig
 from workloads.unlearning.methods import Finetune, MethodConfig, RemoveClasses, Retrain, Sisa
@@ -271,17 +271,7 @@ def _audit(
         "forget": audits.part_of(question.forget, most),
         "test": audits.part_of(question.test, 3 * most),
     }
-    said = {}
-    for name, version in {**versions, "random": versions[first]}.items():
-        stage = run.stage(
-            f"probe-{audits.file_name(name)}",
-            probe_version,
-            version=version,
-            sets=sets,
-            config=job.train,
-            random=name == "random",
-        )
-        said[name] = {part: answers_of(stage.folder, part) for part in sets}
+    said = audits.ask_all(run, versions, sets, job.train)
     gold = said[reference] if reference else None
     values = {
         name: audits.audit(said[name], question.classes, job.audit, question.num_classes, gold, said["random"])

@@ -32,7 +32,7 @@ from labelmill.tuning.search import search_job
 from labelmill.tuning.state import SearchFolder, read_record
 from labelmill.workload import check_job
 from workloads.unlearning import audit as audits
-from workloads.unlearning.audit import answers_of, probe_version
+from workloads.unlearning.audit import answers_of
 from workloads.unlearning.task import Task, fit_original, unit
 
 ASKED = ("forget", "test")
@@ -87,8 +87,7 @@ def train_shadow(number: int, job: Any, run: Run, task: Task) -> dict[str, audit
         job=task.recipe,
     )
     asked = {name: task.sets[name] for name in ASKED}
-    stage = run.stage(f"probe-shadow-{number}-s{task.seed}", probe_version, version=fit, sets=asked, config=job.budget)
-    said = {name: answers_of(stage.folder, name) for name in ASKED}
+    said = audits.ask(run, f"shadow-{number}-s{task.seed}", fit, asked, job.budget)
     run.report.metrics[METRIC] = float(said["test"].correct_N.mean())
     return said
 

@@ -41,7 +41,7 @@ from labelmill.tracking.model import check_file, read_spec, write_model
 from labelmill.training.config import TrainConfig, TrainJob
 from labelmill.workload import workload
 from workloads.discrimination.partial_fc import Classifier, input_options
-from workloads.unlearning.audit import answers_of, probe_version
+from workloads.unlearning.audit import ask
 from workloads.unlearning.model import head_start, package_classes, package_fit, register_version
 
 SLICES = "slices"
@@ -313,10 +313,8 @@ def sisa(job: SisaJob, run: Run) -> None:
     tested = {"test": job.data.stream(test, global_batch=job.eval_batch, shuffle=False, **options)}
     right = {}
     for name in ("model", *(f"{SLICES}/{s}-{job.sisa.slices - 1}" for s in range(job.sisa.shards))):
-        stage = run.stage(
-            f"probe-{name.replace('/', '-')}", probe_version, version=fit, sets=tested, config=job.train, package=name
-        )
-        right[name] = float(answers_of(stage.folder, "test").correct_N.mean())
+        said = ask(run, name.replace("/", "-"), fit, tested, job.train, package=name)
+        right[name] = float(said["test"].correct_N.mean())
     whole = right.pop("model")
     run.report.metrics |= {
         "test/top1": whole,

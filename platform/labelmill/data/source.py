@@ -128,7 +128,7 @@ class RaySource:
                 log.warning("stream %s: a hand-over was lost (%s); asking again", self._spec.name, type(error).__name__)
                 self._handed.clear()
                 self._blocks.clear()
-                time.sleep(1.0 if starting else 0.2 * 2**times)
+                time.sleep(1.0 if starting else 0.1 * 2**times)
 
     def _request(self, step: int) -> None:
         spec = self._spec
